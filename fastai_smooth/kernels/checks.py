@@ -1,0 +1,143 @@
+"""Checks of options and targets: what is wrong, by name and value, before anything is computed."""
+from __future__ import annotations
+import functools, math, warnings
+from dataclasses import replace
+import torch
+from torch import Tensor
+from .targets import Smoothing, effective_eps, soften
+
+SPREADS = 'all', 'others'
+REDUCTIONS = 'mean', 'sum', 'none'
+
+def check_eps(eps, top=1., num_classes=None, values=True):
+    "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
+    if isinstance(eps, Tensor) and eps.dim() == 0: eps = eps.item()
+    if not isinstance(eps, Tensor):
+        try: eps = float(eps)
+        except (TypeError, ValueError): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}") from None
+        if not 0 <= eps <= top: raise ValueError(f"eps must be in [0, {top:g}], got {eps}")
+        return eps
+    if top < 1: raise ValueError(f"one eps a class is for the softmax loss, the sigmoid one takes a number; got shape {tuple(eps.shape)}")
+    check_shape('eps', eps, num_classes, 1)
+    if values and not bool(((eps >= 0) & (eps <= top)).all()):
+        raise ValueError(f"every eps must be in [0, {top:g}], got {eps.tolist()}")
+    return eps
+
+def check_shape(name, v, num_classes, dims):
+    "`v` has `dims` axes of size `num_classes` (of any one size when that is None)."
+    if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}; torch.tensor(...) makes one")
+    k = num_classes if num_classes is not None else v.shape[-1] if v.dim() else '?'
+    if tuple(v.shape) != (k,) * dims:
+        raise ValueError(f"{name} must have shape {(k,) * dims} for {k} classes, got {tuple(v.shape)}")
+
+def check_prior(prior, num_classes=None, sigmoid=False, values=True):
+    "`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid head a probability a label."
+    dims = 2 if isinstance(prior, Tensor) and prior.dim() == 2 and not sigmoid else 1
+    check_shape('prior', prior, num_classes, dims)
+    if not values: return
+    if not bool((prior >= 0).all()): raise ValueError(f"prior must not be negative or nan, got {prior.min().item()}")
+    if sigmoid:
+        if not bool((prior <= 1).all()): raise ValueError(f"prior must be probabilities in [0, 1], got {prior.max().item()}")
+    else:
+        total = prior.double().sum(-1)
+        # A prior of thousands of float16 or bfloat16 values carries their rounding
+        tol = max(1e-4, torch.finfo(prior.dtype).eps if prior.is_floating_point() else 0)
+        if not bool(((total - 1).abs() <= tol).all()):
+            what = "every row of prior" if dims == 2 else "prior"
+            worst = total.flatten()[(total - 1).abs().argmax()].item()
+            raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
+
+def check_factors(**factors):
+    "Weights, of whatever shape, are finite and not negative."
+    for name, v in factors.items():
+        if v is None: continue
+        bad = ~((v >= 0) & (v < math.inf))
+        if bool(bad.any()): raise ValueError(f"{name} must be finite and not negative, got {v[bad].flatten()[0].item():g}")
+
+def check_smoothing(s: Smoothing, num_classes=None, weight=None, values=True) -> Smoothing:
+    """`s` with its eps as a float or tensor, after all checks that need no targets.
+
+    `values=False` looks at shapes only, for where reading a value would break a graph or wait for the GPU."""
+    if s.spread not in SPREADS: raise ValueError(f"spread must be one of {SPREADS}, got {s.spread!r}")
+    eps = check_eps(s.eps, 1., num_classes, values)
+    if s.prior is not None:
+        if s.multi_hot: raise ValueError("multi_hot targets share eps uniformly: they take no prior")
+        if s.spread == 'others': raise ValueError("spread='others' is uniform over the other classes: it takes no prior")
+        check_prior(s.prior, num_classes, values=values)
+    if isinstance(eps, Tensor) and s.multi_hot: raise ValueError("one eps a class needs class indices, multi_hot has none")
+    if weight is not None:
+        check_shape('weight', weight, num_classes, 1)
+        if values:
+            check_factors(weight=weight)
+            warn_past_the_flip(s, weight, eps)
+    return s if eps is s.eps else replace(s, eps=eps)
+
+def warn_past_the_flip(s, weight, eps):
+    """Warns, once, where class weights make another class than the label the optimum's argmax.
+
+    The optimum is proportional to w * q, so it flips where w_k q_k > w_y q_y: uniformly, past K(1-eps)/eps + 1."""
+    k, w = len(weight), weight.double()
+    if s.multi_hot or k < 2: return
+    e = effective_eps(eps.double() if isinstance(eps, Tensor) else eps, s.spread, 1, k)
+    u = torch.full_like(w, 1 / k) if s.prior is None else s.prior.to(w)
+    own = w * soften(1., e, u.diagonal() if u.dim() == 2 else u)
+    if bool(((w * u).amax(-1) * e > own * (1 + 1e-9)).any()): _warn_flip(k)
+
+@functools.cache
+def _warn_flip(num_classes):
+    warnings.warn("these class weights outweigh the smoothing: for some class the loss is least where ANOTHER class is "
+                  f"predicted (w_k / w_y > K (1 - eps) / eps + 1, K={num_classes}). Use a smaller eps, or milder weights.", stacklevel=5)
+
+def is_index(target: Tensor) -> bool:
+    "Is `target` of a dtype that class indices have?"
+    return not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+
+def check_indices(index: Tensor, num_classes: int, skip: Tensor | None = None):
+    "Raises an IndexError that names the first class index outside [0, num_classes). Reads values: eager on CPU only."
+    if index.numel() == 0: return
+    lo, hi = index.aminmax()
+    if lo >= 0 and hi < num_classes: return
+    bad = (index < 0) | (index >= num_classes)
+    if skip is not None: bad &= ~skip
+    if not bool(bad.any()): return
+    where = bad.nonzero()[0].tolist()
+    row = where[0] if len(where) == 1 else tuple(where)
+    raise IndexError(f"class index {index[bad][0].item()} at row {row} is out of range for {num_classes} classes")
+
+def check_needs_no_index(s: Smoothing):
+    "Soft and multi-hot targets have no one class whose eps or row of a prior could be looked up."
+    if isinstance(s.eps, Tensor): raise ValueError("one eps a class needs class indices as targets, got soft targets")
+    if s.prior is not None and s.prior.dim() == 2: raise ValueError("a prior of shape [K,K] needs class indices as targets, got soft targets")
+
+def check_reduction(reduction):
+    if reduction not in REDUCTIONS: raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+def class_axis(x, axis):
+    if x.dim() == 1: return 0
+    if not -x.dim() <= axis < x.dim(): raise IndexError(f"axis {axis} is out of range for input of shape {tuple(x.shape)}")
+    return axis % x.dim()
+
+def check_targets(x, target, axis, multi_hot) -> bool:
+    "Are `target` class indices, rather than labels shaped like `x`? Raises where they are neither."
+    rows, dense = x.shape[:axis] + x.shape[axis+1:], multi_hot or target.is_floating_point()
+    if dense and target.shape != x.shape:
+        raise ValueError(f"{'multi-hot' if multi_hot else 'floating point'} targets must be shaped like input, {tuple(x.shape)}, got "
+                         f"{tuple(target.shape)}" + ("; class indices are integers: target.long()" if target.shape == rows else ""))
+    if dense: return False
+    if target.shape == x.shape != rows:
+        raise ValueError(f"{target.dtype} targets shaped like input, {tuple(x.shape)}: use float for soft labels, multi_hot=True for several "
+                         "classes a row, or smooth_binary_cross_entropy_with_logits (LabelSmoothingBCEWithLogitsFlat)")
+    if not is_index(target): raise TypeError(f"class indices must be integers, got {target.dtype}; target.long() makes them")
+    if target.shape != rows:
+        raise ValueError(f"class indices must have shape {tuple(rows)} for input of shape {tuple(x.shape)} with classes along axis {axis}, "
+                         f"got {tuple(target.shape)}")
+    return True
+
+def check_labels(x, target):
+    "`target` is shaped like the logits `x`; integer ones that look like class indices are told where to go."
+    if target.shape == x.shape: return
+    rows = [x.shape[:d] + x.shape[d+1:] for d in range(x.dim())]
+    if is_index(target) and target.shape in rows:
+        raise ValueError(f"target of shape {tuple(target.shape)} looks like class indices: those are for smooth_cross_entropy "
+                         f"(LabelSmoothingCrossEntropyFlat); this loss takes labels shaped like input, {tuple(x.shape)}")
+    raise ValueError(f"target must be shaped like input, {tuple(x.shape)}, got {tuple(target.shape)}")

@@ -1,0 +1,195 @@
+"""The functions users call: arguments in, checks, and the choice of who computes."""
+from __future__ import annotations
+import torch
+from torch import Tensor
+from . import sigmoid, softmax
+from .checks import (check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
+                     check_reduction, check_smoothing, check_targets, class_axis, is_index)
+from .targets import Smoothing, one_hot, sigmoid_q
+
+__all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits']
+
+BACKENDS = {'torch': (softmax.softmax_loss, sigmoid.sigmoid_loss)}  # name -> (softmax head, sigmoid head)
+
+def pick_backend(backend):
+    "The two heads of the backend that is asked for; 'auto' is the torch one, everywhere, so far."
+    if backend == 'auto': backend = 'torch'
+    if backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
+    return BACKENDS[backend]
+
+def smooth_targets(
+    target,                     # Class indices (any integer dtype), or labels with classes along the last axis
+    num_classes: int = None,    # K; needed for class indices, checked against the last axis otherwise
+    eps = None,                 # Smoothing, in [0,1] (default .1); with `sigmoid` in [0,.5] (default .05); or Tensor[K]
+    *,
+    prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; sigmoid: [K] label frequencies
+    spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
+    multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
+    sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
+) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new last axis of K
+    """The smoothed target q itself, dense.
+
+    Class indices of shape (...) give q of shape (..., K); labels of shape (..., K) keep it: floating ones (one-hot or
+    soft), and with `multi_hot` or `sigmoid` bool and integer ones. Raises ValueError for options that do not go
+    together or are out of range, IndexError for a class index outside [0, K).
+
+    >>> smooth_targets([1., 0., 0.], eps=.1)
+    tensor([0.9333, 0.0333, 0.0333])
+    """
+    target = torch.as_tensor(target)
+    if sigmoid: return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, spread, multi_hot)
+    index = None
+    if is_index(target) and not multi_hot:
+        if num_classes is None: raise ValueError("class indices need num_classes; for one-hot integers use target.float(), "
+                                                 "for multi-hot ones multi_hot=True or sigmoid=True")
+        index, axis = target.long(), target.dim()
+        check_indices(index, num_classes)
+        target = one_hot(index, num_classes, axis, torch.get_default_dtype())
+    else:
+        if target.dtype == torch.bool and not multi_hot:
+            raise TypeError("bool targets are multi-hot: pass multi_hot=True or sigmoid=True, or class indices as integers")
+        target = _as_labels(target, num_classes)
+        axis = target.dim() - 1
+    s = check_smoothing(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot), target.shape[axis])
+    if index is None: check_needs_no_index(s)
+    return s.to(target, target.dtype).dense(target, axis, index)
+
+def _as_labels(target, num_classes):
+    "Dense labels as floating point, with their last axis checked."
+    if target.dim() == 0: raise ValueError(f"labels need a last axis of classes, got the scalar {target.item()}")
+    if num_classes not in (None, target.shape[-1]):
+        raise ValueError(f"num_classes is {num_classes}, but the last axis of target has {target.shape[-1]} (shape {tuple(target.shape)})")
+    return target if target.is_floating_point() else target.to(torch.get_default_dtype())
+
+def _smooth_labels(target, num_classes, eps, prior, spread, multi_hot):
+    if multi_hot or spread != 'all': raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
+    target, eps = _as_labels(target, num_classes), check_eps(eps, .5)
+    if prior is not None: check_prior(prior, target.shape[-1], sigmoid=True)
+    return sigmoid_q(target, eps, None if prior is None else prior.to(target))
+
+def smooth_cross_entropy(
+    input: Tensor,              # Logits, classes along `axis`: (N,K), (N,K,d1,...), or (K,) for a single row
+    target: Tensor,             # Class indices shaped like `input` without `axis`, or soft labels shaped like `input`
+    eps: float | Tensor = .1,   # Smoothing in [0,1]; Tensor[K]: each row takes that of its class
+    *,
+    prior: Tensor = None,       # Where the mass goes instead of to all classes alike: [K], or [K,K] by target class
+    spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
+    multi_hot: bool = False,    # `target` is 0/1 (any dtype) shaped like `input`; its ones share 1-eps
+    weight: Tensor = None,      # [K]; weighs both terms, and the mean is over the rows' weights, as in PyTorch
+    ignore_index: int = -100,   # Rows with this class index count for nothing
+    reduction: str = 'mean',    # 'mean', 'sum' or 'none'
+    axis: int = 1,              # Of the classes in `input`
+    backend: str = 'auto',      # Who computes: 'auto' or 'torch'
+) -> Tensor: # A float32 scalar (float64 for float64 logits), or a value a row, shaped like class indices would be
+    """Cross entropy of logits against smoothed targets: `F.cross_entropy(label_smoothing=eps)`, and its relatives.
+
+    Equals PyTorch's wherever that is finite. Beyond it: a prior, `spread`, `multi_hot` and per-class eps; float32
+    accumulation and result for half precision; 0. where no row is left (PyTorch: nan); masked logits (-inf) get no
+    smoothing and no gradient. Neither transposes nor copies logits, whatever their layout, and changes no input.
+
+    Raises ValueError for options out of range or that do not go together, and for targets of another shape; IndexError
+    for a class index out of range on the CPU (on CUDA the loss is nan: looking would stall the GPU).
+
+    Source: Szegedy et al. 2016, arXiv:1512.00567, section 7; `spread='others'`: Müller et al. 2019, arXiv:1906.02629."""
+    return cross_entropy(input, target, Smoothing(eps, prior, spread, multi_hot), weight, ignore_index, reduction, axis, backend)
+
+def smooth_binary_cross_entropy_with_logits(
+    input: Tensor,              # Logits, any shape
+    target: Tensor,             # Labels in [0,1] shaped like `input`: bool, integer or floating
+    eps: float = .05,           # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps
+    *,
+    prior: Tensor = None,       # [K] label frequencies along the last axis, to smooth to instead of 1/2
+    weight: Tensor = None,      # As in `F.binary_cross_entropy_with_logits`: broadcasts to `input`
+    pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
+    reduction: str = 'mean',    # 'mean', 'sum' or 'none'
+    backend: str = 'auto',      # Who computes: 'auto' or 'torch'
+) -> Tensor: # A float32 scalar (float64 for float64 logits), or a value a logit
+    """Binary cross entropy of logits against smoothed labels, for multi-label targets. Keras' `label_smoothing` is 2 eps.
+
+    Equals `F.binary_cross_entropy_with_logits(input, smooth_targets(target, eps=eps, sigmoid=True))`, in float32 for half
+    precision and without the smoothed tensor; 0. for an empty batch. Raises ValueError for options out of range, and for
+    targets of another shape than `input`."""
+    return binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend)
+
+# --- what the modules call: `checked` options had their values looked at when the module was built --------------------
+
+def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axis, backend, checked=False):
+    "`smooth_cross_entropy` of a `Smoothing`."
+    head, _ = pick_backend(backend)
+    x, target, weight = logits(input), unwrapped(target), unwrapped(weight)
+    check_reduction(reduction)
+    if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
+    axis = class_axis(x, axis)
+    k, traced = x.shape[axis], tracing(x, target)
+    if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
+    s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu')).to(x, softmax.accumulator(x))
+    if weight is not None: weight = weight.to(x.device, softmax.accumulator(x))
+    index = check_targets(x, target, axis, s.multi_hot)
+    if index: target, ignored, invalid = class_indices(target, k, ignore_index, traced)
+    else:
+        check_needs_no_index(s)
+        if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
+        target, ignored, invalid = target if target.is_floating_point() else target.to(x.dtype), None, None
+    plain = traced or needs_grad(target, weight, s.prior, s.eps)
+    return head(x, softmax.Job(target, index, s, axis, weight, ignored, invalid), reduction, plain)
+
+def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend, checked=False):
+    _, head = pick_backend(backend)
+    x, target = logits(input), unwrapped(target)
+    check_reduction(reduction)
+    traced = tracing(x, target)
+    values = not (checked or traced or x.device.type != 'cpu')
+    eps = check_eps(eps, .5)
+    check_labels(x, target)
+    if prior is not None: check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=values)
+    if values: check_factors(weight=weight, pos_weight=pos_weight)
+    spread = lambda name, v: None if v is None else expanded(name, unwrapped(v), x)
+    labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
+    return head(x, labels, reduction, traced or needs_grad(target, prior, weight, pos_weight))
+
+def unwrapped(t):
+    "A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay."
+    if t is None or type(t) is Tensor: return t
+    if not isinstance(t, Tensor): raise TypeError(f"expected a tensor, got {type(t).__name__}")
+    return t.as_subclass(Tensor) if type(t).__torch_dispatch__ == Tensor.__torch_dispatch__ else t
+
+def logits(input):
+    x = unwrapped(input)
+    if x is None or not x.is_floating_point():
+        raise TypeError(f"input must be floating point logits, got {None if x is None else x.dtype}")
+    return x
+
+def tracing(*tensors) -> bool:
+    "Can values not be read here: under torch.compile, torch.func, or for tensors with no values?"
+    return (torch.compiler.is_compiling() or softmax.transforming()
+            or any(type(t) is not Tensor or t.device.type == 'meta' for t in tensors))
+
+def needs_grad(*others) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(o, Tensor) and o.requires_grad for o in others)
+
+def class_indices(target, k, ignore_index, traced):
+    "Indices that are safe to gather with, and where they are ignored and where invalid (None: nowhere)."
+    index = target.long()
+    if torch.compiler.is_compiling(): index = checked_indices(index, k, ignore_index)
+    ignored = index == ignore_index
+    if traced or index.device.type != 'cpu':
+        invalid = ((index < 0) | (index >= k)) & ~ignored
+        return index.masked_fill(ignored | invalid, 0), ignored, invalid
+    if not bool(ignored.any()): ignored = None
+    check_indices(index, k, ignored)
+    return index if ignored is None else index.masked_fill(ignored, 0), ignored, None
+
+@torch.library.custom_op('fastai_smooth::checked_indices', mutates_args=())
+def checked_indices(index: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    "The check as an op, since reading values in a compiled graph would break it."
+    if index.device.type == 'cpu': check_indices(index, num_classes, index == ignore_index)
+    return index.clone()
+
+@checked_indices.register_fake
+def _(index, num_classes, ignore_index): return torch.empty_like(index)
+
+def expanded(name, v, x):
+    "`v` broadcast to `x`, without a copy."
+    if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
+    try: return v.to(x.device, softmax.accumulator(x)).expand(x.shape)
+    except RuntimeError: raise ValueError(f"{name} must broadcast to input's shape {tuple(x.shape)}, got {tuple(v.shape)}") from None

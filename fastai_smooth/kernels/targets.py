@@ -1,0 +1,81 @@
+"""What the smoothed target q is: the formula of both heads, in one place.
+
+    softmax:  q = (1 - e) * y + e * u      u: uniform over the classes, or a prior
+    sigmoid:  q = (1 - 2e) * y + 2e * u    u: 1/2, or a prior; a positive becomes 1 - e, a negative e
+
+Szegedy et al. 2016 (arXiv:1512.00567) is the uniform softmax one, Keras' binary `label_smoothing` is 2e.
+"""
+from __future__ import annotations
+from dataclasses import dataclass, replace
+import torch
+from torch import Tensor
+
+def soften(y, eps, u):
+    "The smoothed target: `y` keeps `1 - eps` of its mass, `u` gets `eps`."
+    return (1 - eps) * y + eps * u
+
+def effective_eps(eps, spread, n, size):
+    """The eps of `spread='all'` that leaves `1 - eps` on the `n` positives out of `size` classes.
+
+    With 'others' the positives get nothing back from the uniform part, which is 'all' with eps * size / (size - n);
+    where every class is positive there is nowhere to move mass to, and nothing is moved."""
+    if spread == 'all': return eps
+    rest = size - n
+    if not isinstance(rest, Tensor): return eps * (size / rest if rest else 0.)
+    return torch.where(rest > 0, eps * size / torch.where(rest > 0, rest, 1), 0.)
+
+@dataclass(frozen=True)
+class Smoothing:
+    "How targets are smoothed on the softmax head. `prior` and a tensor `eps` are used in the dtype they have."
+    eps: float | Tensor = .1     # In [0, 1]; or one value a class, of shape [K]
+    prior: Tensor | None = None  # Where the mass goes: [K], or [K,K] with a row for each target class
+    spread: str = 'all'          # 'all': every class gets a share; 'others': all but the positives do
+    multi_hot: bool = False      # Targets are 0/1 vectors with any number of ones, to be shared out among the ones
+
+    def to(self, like: Tensor, dtype: torch.dtype) -> Smoothing:
+        "The same, with its tensors on the device of `like` and of `dtype`."
+        if self.prior is None and not isinstance(self.eps, Tensor): return self
+        move = lambda o: o.to(like.device, dtype) if isinstance(o, Tensor) else o
+        return replace(self, eps=move(self.eps), prior=move(self.prior))
+
+    def dense(self, y, axis, index=None, keep=None):
+        """q for targets `y` (floating, classes along `axis`); `index` are the class indices that `y` came from.
+
+        `keep` is False at classes that are masked out by a logit of -inf: they get no share, the others all of it."""
+        size = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
+        eps, n = self.eps, y.sum(axis, keepdim=True) if self.multi_hot else 1
+        if isinstance(eps, Tensor): eps = eps[index].unsqueeze(axis)
+        u = self._shares(y, axis, index, size, keep)
+        reached = n
+        if keep is not None and self.spread == 'others':  # masked positives are not among the `size` classes
+            if self.multi_hot: reached = (y * keep).sum(axis, keepdim=True)
+            else: reached = ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
+        eps = effective_eps(eps, self.spread, reached, size)
+        if self.multi_hot:  # a row with no positive is all smoothing
+            none = n == 0
+            y, eps = y / torch.where(none, 1, n), eps + (1 - eps) * none.to(y.dtype)
+        return soften(y, eps, u)
+
+    def _shares(self, y, axis, index, size, keep):
+        "u, broadcastable to `y`: uniform or the prior, over the classes that are kept."
+        if self.prior is None: return 1 / size if keep is None else keep.to(y.dtype) / size
+        if self.prior.dim() == 2: u = self.prior[index].movedim(-1, axis)
+        else: u = along(self.prior, axis, y.dim())
+        if keep is None: return u
+        u = u * keep
+        total = u.sum(axis, keepdim=True)
+        # Where the prior gave all of its mass to masked classes, uniform is what is left to say
+        return torch.where(total > 0, u / torch.where(total > 0, total, 1), keep.to(y.dtype) / size)
+
+def along(v: Tensor, axis: int, ndim: int) -> Tensor:
+    "A vector shaped to broadcast along `axis` of a tensor with `ndim` dimensions."
+    return v.view([-1 if d == axis else 1 for d in range(ndim)])
+
+def one_hot(index: Tensor, num_classes: int, axis: int, dtype: torch.dtype) -> Tensor:
+    "Class indices as 0/1 vectors along a new `axis`. By comparison: no scatter, so it fuses, vmaps and has a meta."
+    classes = torch.arange(num_classes, device=index.device)
+    return (index.unsqueeze(axis) == along(classes, axis, index.dim() + 1)).to(dtype)
+
+def sigmoid_q(y, eps, prior=None):
+    "q for 0/1 or soft labels `y`; `prior` broadcasts along the last axis."
+    return soften(y, 2 * eps, .5 if prior is None else prior)

@@ -1,0 +1,200 @@
+"The sigmoid loss: `F.binary_cross_entropy_with_logits` on smoothed targets, and its own rules."
+from itertools import product
+import math, random
+
+import pytest, torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce
+from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference
+
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def f64(*row): return torch.tensor([row], dtype=torch.float64)
+
+
+def torch_bce(input, target, eps=.05, prior=.5, **options):
+    q = (1 - 2 * eps) * target.to(input.dtype) + 2 * eps * prior
+    return F.binary_cross_entropy_with_logits(input, q, **options)
+
+
+def draw_setting(seed):
+    rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.rand(s, generator=gen, dtype=torch.float64)
+    shape = [rng.randint(6, 9)] + [rng.randint(1, 5) for _ in range(rng.randint(0, 3))]
+    x, y = 6 * rand(*shape) - 3, rand(*shape) < .4
+    kind = rng.choice([torch.bool, torch.uint8, torch.int64, torch.float64, 'soft'])
+    y = rand(*shape) if kind == 'soft' else y.to(kind)
+    if rng.random() < .3: x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    if rng.random() < .3: y = torch.stack([y, y], -1)[..., 0]
+    broadcast = lambda: rng.choice([shape, shape[-1:], [1] + shape[1:], shape[:-1] + [1], [1]])
+    weight = rand(*broadcast()) + .1 if rng.random() < .5 else None
+    pos_weight = 3 * rand(*broadcast()) + .1 if rng.random() < .5 else None
+    reduction = rng.choice(REDUCTIONS)
+    grad_output = rand(*(shape if reduction == 'none' else ())) - .5
+    options = dict(weight=weight, pos_weight=pos_weight, reduction=reduction)
+    return x, y, rng.choice([0., .05, .5, rng.random() / 2]), options, grad_output
+
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_pytorch_parity(dtype, tolerance):
+    "500 settings: 1-D to 4-D, weights that broadcast, every kind of target, non-contiguous; loss and gradient"
+    worst = (0., None)
+    for seed in range(500):
+        x, y, eps, options, g = draw_setting(seed)
+        cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        up = lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        x, y, g, options = cast(x), cast(y), cast(g), {k: cast(v) for k, v in options.items()}
+        expected = loss_and_grad(torch_bce, up(x), up(y), eps, grad_output=g, **{k: up(v) for k, v in options.items()})
+        actual = loss_and_grad(smooth_bce, x, y, eps, grad_output=g, **options)
+        assert all(a.dtype == dtype for a in actual)
+        worst = max(worst, (max(map(distance, actual, expected)), seed), key=lambda w: w[0])
+    assert worst[0] < tolerance, worst
+
+
+def test_sigmoid_by_hand():
+    "a positive is 1-eps, a negative eps: at logits 0 and ln 3, p = 1/2 and 3/4"
+    x, y = f64(0., math.log(3)), torch.tensor([[1, 0]])
+    loss, grad = loss_and_grad(smooth_bce, x, y, .1, reduction='none')
+    assert distance(loss, f64(math.log(2), -.1 * math.log(.75) - .9 * math.log(.25))) < 1e-12
+    assert distance(grad, f64(.5 - .9, .75 - .1)) < 1e-12
+
+
+def test_sigmoid_optimum():
+    "the best logit of a positive is ln((1-eps)/eps), of a negative its opposite"
+    best = math.log(.95 / .05)
+    _, grad = loss_and_grad(smooth_bce, f64(best, -best), torch.tensor([[1, 0]]))
+    assert grad.abs().max() < 1e-12
+    _, grad = loss_and_grad(smooth_bce, f64(best + .1, -best + .1), torch.tensor([[1, 0]]))
+    assert (grad > 1e-3).all()
+
+
+def test_eps_zero():
+    x, y = torch.randn(4, 3).double(), torch.rand(4, 3) < .5
+    actual = loss_and_grad(smooth_bce, x, y, 0.)
+    assert max(map(distance, actual, loss_and_grad(F.binary_cross_entropy_with_logits, x, y.double()))) < 1e-12
+
+
+def test_one_label():
+    "one label is a task like any other on this head"
+    x, y = torch.randn(4, 1).double(), torch.tensor([[1], [0], [1], [1]])
+    assert max(map(distance, loss_and_grad(smooth_bce, x, y, .1), sigmoid_reference(x, y, .1))) < 1e-12
+
+
+@few
+@given(n=st.integers(1, 5), k=st.integers(1, 6), seed=st.integers(0, 2**20), eps=st.floats(0, .5),
+       reduction=st.sampled_from(REDUCTIONS), weighted=st.booleans(), positive=st.booleans(), prior=st.booleans(),
+       scale=st.sampled_from([1., 20., 500.]))
+def test_against_the_reference(n, k, seed, eps, reduction, weighted, positive, prior, scale):
+    "the class prior with everything else, and logits that saturate"
+    gen = torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.rand(s, generator=gen, dtype=torch.float64)
+    x, y = scale * (rand(n, k) - .5), rand(n, k) < .5
+    options = dict(reduction=reduction, prior=rand(k) if prior else None, weight=rand(k) + .1 if weighted else None,
+                   pos_weight=rand(k) + .1 if positive else None)
+    actual = loss_and_grad(smooth_bce, x, y, eps, grad_output=1.7, **options)
+    errors = list(map(distance, actual, sigmoid_reference(x, y, eps, grad_output=1.7, **options)))
+    assert max(errors) < 1e-9
+
+
+def test_sigmoid_prior():
+    "any frequencies: a label's prior need not sum to one over labels; 1/2 is no prior"
+    x, y, prior = torch.randn(4, 3).double(), torch.rand(4, 3).double(), torch.tensor([.9, .8, .1]).double()
+    actual = loss_and_grad(smooth_bce, x, y, .1, prior=prior)
+    assert max(map(distance, actual, loss_and_grad(torch_bce, x, y, .1, prior=prior))) < 1e-12
+    assert distance(smooth_bce(x, y, .1, prior=torch.full((3,), .5)), smooth_bce(x, y, .1)) < 1e-6
+
+
+def test_nothing_left():
+    for reduction in REDUCTIONS:
+        loss, grad = loss_and_grad(smooth_bce, torch.randn(0, 3), torch.ones(0, 3), reduction=reduction)
+        assert loss.shape == ((0, 3) if reduction == 'none' else ()) and (loss == 0).all() and grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize('dtype,reduction', product([torch.float16, torch.bfloat16], REDUCTIONS))
+def test_half_precision(dtype, reduction):
+    "loss in float32, gradient in the logits' dtype"
+    x = (4 * torch.randn(50, 400)).to(dtype)
+    y = torch.rand(50, 400)
+    w, c = torch.rand(400) + .1, torch.rand(400) + .5
+    for target in (y < .3, (y < .3).to(torch.uint8), (y < .3).float(), (y < .3).to(dtype)):
+        loss, grad = loss_and_grad(smooth_bce, x, target, weight=w, pos_weight=c, reduction=reduction)
+        expected, expected_grad = sigmoid_reference(x, target, weight=w, pos_weight=c, reduction=reduction)
+        assert loss.dtype == torch.float32 and grad.dtype == dtype and distance(loss, expected) < 2e-6
+        assert rounded_once(grad, expected_grad)
+
+
+def test_half_precision_large_sum():
+    "65536 logits of loss ln 2 each: a float16 mean or sum would be off or inf"
+    x, y = torch.zeros(256, 1000).half(), torch.ones(256, 1000)
+    assert abs(smooth_bce(x, y, .1, reduction='sum').item() / (256000 * math.log(2)) - 1) < 1e-5
+    assert abs(smooth_bce(x, y, .1).item() - math.log(2)) < 1e-6
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+def test_saturated_logits(dtype):
+    "no overflow: loss is eps*|x| on the side that is right, (1-eps)*|x| on the other"
+    x, y = torch.tensor([[1e4, 1e4, -1e4, -1e4]]).to(dtype), torch.tensor([[1, 0, 1, 0]])
+    loss, grad = loss_and_grad(smooth_bce, x, y, .125, reduction='none')
+    size = float(x[0, 0])
+    assert distance(loss, f64(.125 * size, .875 * size, .875 * size, .125 * size)) < 1e-6
+    assert distance(grad, f64(.125, .875, -.875, -.125)) < 1e-3
+
+
+def test_unknown_labels_are_nan():
+    "nan in, nan out for that label alone"
+    loss = smooth_bce(torch.randn(1, 2), torch.tensor([[1., math.nan]]), reduction='none')
+    assert loss[0, 0].isfinite() and loss[0, 1].isnan()
+
+
+@pytest.mark.parametrize('weighted,reduction,eps', product([False, True], REDUCTIONS, [0., .1]))
+def test_gradient_of_soft_targets(weighted, reduction, eps):
+    x, y0 = torch.randn(3, 4).double(), torch.rand(3, 4).double()
+    options = dict(weight=torch.rand(4).double(), pos_weight=torch.rand(4).double() + .5) if weighted else {}
+    grads = []
+    for loss_func in (smooth_bce, torch_bce):
+        a, b = x.clone().requires_grad_(), y0.clone().requires_grad_()
+        grads.append(torch.autograd.grad(loss_func(a, b, eps, reduction=reduction, **options).sin().sum(), [a, b]))
+    assert max(map(distance, *grads)) < 1e-10
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('eps', [-.25, .625, math.nan])
+def test_eps_out_of_range(eps):
+    with pytest.raises(ValueError, match=str(eps)): smooth_bce(torch.randn(2, 3), torch.ones(2, 3), eps)
+
+
+def test_integer_targets_shaped_like_indices():
+    "class indices: ValueError that points to the softmax loss"
+    x, y = torch.randn(2, 3), torch.tensor([0, 2])
+    image, mask = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
+    for input, target in ((x, y), (x, y.to(torch.uint8)), (image, mask)):
+        with pytest.raises(ValueError, match='smooth_cross_entropy|LabelSmoothingCrossEntropy'):
+            smooth_bce(input, target)
+
+
+def test_target_of_a_wrong_shape():
+    for y in (torch.rand(2, 4), torch.rand(3), torch.rand(2, 1)):
+        with pytest.raises(ValueError, match=r'\d'): smooth_bce(torch.randn(2, 3), y)
+
+
+@pytest.mark.parametrize('name', ['prior', 'weight', 'pos_weight'])
+def test_prior_weight_shapes(name):
+    "ValueError naming what was expected and what came"
+    with pytest.raises(ValueError) as e: smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: torch.full((5,), .5)})
+    assert name in str(e.value) and '3' in str(e.value) and '5' in str(e.value)
+
+
+@pytest.mark.parametrize('name,value,came', [('prior', [.5, 1.5, .5], '1.5'), ('prior', [.5, -.25, .5], '-0.25'),
+                                             ('weight', [1., -2.5, 1.], '-2.5')])
+def test_prior_weight_values(name, value, came):
+    with pytest.raises(ValueError) as e: smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: torch.tensor(value)})
+    assert name in str(e.value) and came in str(e.value)
+
+
+@pytest.mark.parametrize('name,value', [('reduction', 'average'), ('backend', 'fpga')])
+def test_unknown_option(name, value):
+    with pytest.raises(ValueError, match=value): smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: value})

@@ -1,0 +1,215 @@
+"What q is, convention by convention: numbers worked by hand, then random ones against the float64 reference."
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from fastai_smooth.kernels import smooth_cross_entropy, smooth_targets
+from reference import distance, smoothed_targets
+
+OPTIONS = 'all', 'others', 'prior', 'matrix', 'per-class', 'multi_hot', 'multi_hot others', 'soft'
+few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def close(q, expected): return distance(q, torch.tensor(expected)) < 1e-6
+
+
+def test_smoothed_labels():
+    assert close(smooth_targets(torch.tensor([0., 1.]), eps=.2), [.1, .9])
+    assert close(smooth_targets(torch.tensor([1., 0., 0.]), eps=.1), [.93333333, .03333333, .03333333])
+    assert close(smooth_targets(torch.tensor([1, 0]), 2, .2), [[.1, .9], [.9, .1]])
+    assert close(smooth_targets(torch.tensor([0]), 3, .1), [[.93333333, .03333333, .03333333]])
+
+
+def test_default_eps():
+    "eps None is .1 on the softmax head, .05 on the sigmoid head"
+    assert close(smooth_targets(torch.tensor([0]), 2), [[.95, .05]])
+    assert close(smooth_targets(torch.tensor([1., 0.]), sigmoid=True), [.95, .05])
+
+
+def test_spread_all():
+    "1-eps+eps/K on the true class, eps/K on each other class"
+    assert close(smooth_targets(torch.tensor([1]), 4, .2), [[.05, .85, .05, .05]])
+
+
+def test_spread_others():
+    "1-eps on the true class, eps/(K-1) on each other class"
+    assert close(smooth_targets(torch.tensor([1]), 5, .2, spread='others'), [[.05, .8, .05, .05, .05]])
+
+
+@pytest.mark.parametrize('K,eps', [(2, .1), (2, .5), (3, .2), (10, .1), (10, .9), (1000, .1)])
+def test_spread_others_is_all_with_a_larger_eps(K, eps):
+    "the same numbers as spread='all' with eps*K/(K-1)"
+    y = torch.arange(K)
+    assert distance(smooth_targets(y, K, eps, spread='others'), smooth_targets(y, K, eps * K / (K - 1))) < 1e-6
+
+
+@pytest.mark.parametrize('eps,expected', [(0., [1., 0., 0.]), (.5, [.5, .25, .25]), (1., [0., .5, .5])])
+def test_spread_others_over_all_of_its_range(eps, expected):
+    "eps=1 leaves nothing on the true class, although eps*K/(K-1) is then above 1"
+    assert close(smooth_targets(torch.tensor([0]), 3, eps, spread='others'), [expected])
+
+
+def test_class_prior():
+    "(1-eps)+eps*prior_y on the true class, eps*prior_k on each other class"
+    assert close(smooth_targets(torch.tensor([1, 0]), 3, .2, prior=torch.tensor([.5, .3, .2])),
+                 [[.1, .86, .04], [.9, .06, .04]])
+
+
+def test_class_prior_soft_target():
+    assert close(smooth_targets(torch.tensor([.5, .5, 0.]), eps=.2, prior=torch.tensor([.5, .3, .2])), [.5, .46, .04])
+
+
+def test_class_conditional_prior():
+    "row y of the matrix is what eps of the mass of class y goes to"
+    S = torch.tensor([[.6, .4, 0.], [.1, .8, .1], [0., .5, .5]])
+    assert close(smooth_targets(torch.tensor([0, 2]), 3, .5, prior=S), [[.8, .2, 0.], [0., .25, .75]])
+
+
+def test_per_class_eps():
+    "each target is smoothed by the eps of its own class"
+    eps = torch.tensor([0., .3, .6])
+    assert close(smooth_targets(torch.tensor([0, 1, 2]), 3, eps), [[1., 0., 0.], [.1, .8, .1], [.2, .2, .6]])
+
+
+def test_multi_hot():
+    "softmax targets that sum to one: (1-eps)/n + eps/K on the n positives, eps/K elsewhere"
+    q = smooth_targets(torch.tensor([[1, 0, 1, 0, 0]]), 5, .1, multi_hot=True)
+    assert close(q, [[.47, .02, .47, .02, .02]])
+
+
+def test_multi_hot_others():
+    "(1-eps)/n on the n positives, eps/(K-n) on the rest"
+    q = smooth_targets(torch.tensor([[1, 0, 1, 0, 0]]), 5, .15, multi_hot=True, spread='others')
+    assert close(q, [[.425, .05, .425, .05, .05]])
+
+
+@pytest.mark.parametrize('spread', ['all', 'others'])
+@pytest.mark.parametrize('eps', [0., .3, 1.])
+def test_multi_hot_edge_rows(spread, eps):
+    "no positive: uniform; all positive: 1/K everywhere; in both conventions"
+    y = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]])
+    assert close(smooth_targets(y, 4, eps, multi_hot=True, spread=spread), [[.25] * 4] * 2)
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32, torch.float64])
+def test_multi_hot_any_dtype(dtype):
+    y = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]])
+    assert close(smooth_targets(y.to(dtype), 4, .2, multi_hot=True), [[.45, .05, .05, .45], [.05, .85, .05, .05]])
+
+
+@pytest.mark.parametrize('spread', ['all', 'others'])
+@pytest.mark.parametrize('eps', [0., .1, 1.])
+def test_one_class(spread, eps):
+    "K=1 gives q=1"
+    assert close(smooth_targets(torch.tensor([0, 0]), 1, eps, spread=spread), [[1.], [1.]])
+    for hot in (0, 1):
+        assert close(smooth_targets(torch.tensor([[hot]]), 1, eps, spread=spread, multi_hot=True), [[1.]])
+
+
+def test_sigmoid_targets():
+    "a positive is 1-eps, a negative eps, a soft y in between y*(1-2eps)+eps"
+    y = torch.tensor([[1., 0., .5, .7]])
+    assert close(smooth_targets(y, eps=.1, sigmoid=True), [[.9, .1, .5, .66]])
+    assert close(smooth_targets(torch.tensor([[True, False]]), eps=.1, sigmoid=True), [[.9, .1]])
+
+
+def test_sigmoid_prior():
+    "y*(1-2eps)+2*eps*prior_k; a prior of 1/2 is no prior"
+    y = torch.tensor([[1., 0., 0.], [0., 1., 1.]])
+    q = smooth_targets(y, eps=.1, prior=torch.tensor([.9, .5, .1]), sigmoid=True)
+    assert close(q, [[.98, .1, .02], [.18, .9, .82]])
+    half = smooth_targets(y, eps=.1, prior=torch.full((3,), .5), sigmoid=True)
+    assert distance(half, smooth_targets(y, eps=.1, sigmoid=True)) < 1e-6
+
+
+@pytest.mark.parametrize('eps', [0., .5])
+def test_sigmoid_eps_limits(eps):
+    y = torch.tensor([[1., 0.]])
+    assert close(smooth_targets(y, eps=eps, sigmoid=True), [[1 - eps, eps]])
+
+
+def test_sigmoid_unknown_labels_stay_nan():
+    q = smooth_targets(torch.tensor([[1., float('nan')]]), eps=.1, sigmoid=True)
+    assert q[0, 1].isnan() and abs(q[0, 0] - .9) < 1e-6
+
+
+def test_index_targets_get_a_new_last_axis():
+    y = torch.randint(0, 5, (2, 3, 4))
+    q = smooth_targets(y, 5, .2)
+    assert q.shape == (2, 3, 4, 5) and q.dtype.is_floating_point
+    assert distance(q, smoothed_targets(y, 5, .2)) < 1e-6
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_index_targets_of_any_integer_dtype(dtype):
+    assert close(smooth_targets(torch.tensor([1, 0], dtype=dtype), 2, .2), [[.1, .9], [.9, .1]])
+
+
+@few
+@given(data=st.data(), K=st.integers(1, 7), seed=st.integers(0, 2**20), eps=st.floats(0, 1),
+       option=st.sampled_from(OPTIONS))
+def test_against_the_reference(data, K, seed, eps, option):
+    "every convention, any shape; rows sum to one"
+    gen = torch.Generator().manual_seed(seed)
+    shape = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    rand = lambda *s: torch.rand(s, generator=gen, dtype=torch.float64)
+    y, options = torch.randint(0, K, shape, generator=gen), {}
+    if option == 'prior': options['prior'] = (3 * rand(K)).softmax(0)
+    if option == 'matrix': options['prior'] = (3 * rand(K, K)).softmax(1)
+    if option == 'per-class': eps = rand(K)
+    if 'others' in option: options['spread'] = 'others'
+    if 'multi_hot' in option: y, options['multi_hot'] = rand(*shape, K) < .4, True
+    if option == 'soft': y = rand(*shape, K).softmax(-1)
+    q = smooth_targets(y, K, eps, **options)
+    assert q.shape == (*shape, K)
+    assert distance(q, smoothed_targets(y, K, eps, **options)) < 1e-6
+    assert distance(q.sum(-1), torch.ones(shape)) < 1e-6
+
+
+def test_the_loss_is_the_cross_entropy_of_these_targets():
+    "one q in the package: minus the sum of q times log-softmax is the loss, for every convention"
+    x = torch.randn(6, 4).double()
+    index, hot = torch.tensor([0, 1, 2, 3, 0, 1]), torch.rand(6, 4) < .5
+    S = torch.rand(4, 4).double().softmax(1)
+    for y, options in [(index, {}), (index, dict(spread='others')), (index, dict(prior=S[0])), (index, dict(prior=S)),
+                       (hot, dict(multi_hot=True)), (hot, dict(multi_hot=True, spread='others')), (S[index], {})]:
+        q = smooth_targets(y, 4, .3, **options).double()
+        expected = -(q * x.log_softmax(1)).sum(1)
+        assert distance(smooth_cross_entropy(x, y, .3, reduction='none', **options), expected) < 1e-6
+
+
+@pytest.mark.parametrize('eps,sigmoid', [(-.1, False), (1.5, False), (float('nan'), False), (.6, True), (-.25, True)])
+def test_eps_out_of_range(eps, sigmoid):
+    with pytest.raises(ValueError, match=str(eps)): smooth_targets(torch.tensor([[1., 0.]]), eps=eps, sigmoid=sigmoid)
+
+
+@pytest.mark.parametrize('index', [77, -7])
+def test_class_index_out_of_range(index):
+    with pytest.raises(IndexError, match=str(index)): smooth_targets(torch.tensor([0, 1, index]), 5, .1)
+
+
+@pytest.mark.parametrize('options', [dict(spread='others', prior=torch.full((3,), 1 / 3)),
+                                     dict(multi_hot=True, prior=torch.full((3,), 1 / 3)),
+                                     dict(eps=torch.full((3,), .1)),
+                                     dict(sigmoid=True, spread='others'), dict(sigmoid=True, multi_hot=True)])
+def test_combinations_not_in_the_table(options):
+    with pytest.raises(ValueError): smooth_targets(torch.tensor([[1., 0., 0.]]), 3, **options)
+
+
+def test_unknown_spread():
+    with pytest.raises(ValueError, match='uniform'): smooth_targets(torch.tensor([0]), 3, .1, spread='uniform')
+
+
+@pytest.mark.parametrize('prior', [torch.full((4,), .25), torch.full((4, 4), .25), torch.full((3, 2), .5),
+                                   torch.tensor([.5, .3, .3]), torch.tensor([1.2, -.1, -.1]),
+                                   torch.tensor([[1., 0., 0.], [0., 1., 0.], [0., 0., .5]])])
+def test_prior_shapes_and_values(prior):
+    with pytest.raises(ValueError): smooth_targets(torch.tensor([0, 1]), 3, .1, prior=prior)
+
+
+def test_inputs_never_modified():
+    y, eps, prior = torch.tensor([[1., 0., 1.]]), torch.tensor([.1, .2, .3]), torch.tensor([.2, .3, .5])
+    for target, e, options in [(y, .1, {}), (y, .1, dict(multi_hot=True)), (y, .1, dict(sigmoid=True)),
+                               (torch.tensor([0, 2]), .1, dict(prior=prior)), (torch.tensor([0, 2]), eps, {})]:
+        kept = [t.clone() for t in (target, eps, prior)]
+        smooth_targets(target, 3, e, **options)
+        assert all(torch.equal(a, b) and a._version == 0 for a, b in zip((target, eps, prior), kept))
