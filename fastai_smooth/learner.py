@@ -71,7 +71,7 @@ def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
 def _found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own."
     loss = _unmixed(learn.loss_func)
-    return loss.hard if isinstance(loss, SmoothedCrossEntropyFlat) else loss
+    return getattr(loss, 'hard', loss) if isinstance(loss, LabelSmoothingCrossEntropyFlat) else loss # by attribute: reloading makes new classes
 
 # %% ../nbs/04_learner.ipynb #ad81fcce
 @patch
@@ -101,7 +101,9 @@ def to_smooth(self:Learner,
 # %% ../nbs/04_learner.ipynb #93f8f6e4
 @patch
 def to_hard(self:Learner) -> Learner: # self
-    "Turns off what `to_smooth` turned on: the loss it found is back, the very object. Raises a ValueError where there is nothing to undo."
+    """Turns smoothing off: the loss that `to_smooth` found is back, the very object, and a `MultiLabelSmoothingCallback` is gone.
+
+    Raises a ValueError where there is nothing to undo."""
     loss,cbs = _found_loss(self),self._grab_cbs(MultiLabelSmoothingCallback)
     if loss is _unmixed(self.loss_func) and not cbs: raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it')
     self.loss_func = loss

@@ -3,10 +3,9 @@ import matplotlib
 matplotlib.use('Agg')
 
 from fastai.vision.all import *
-from fastai.text.all import (AWD_LSTM, LMDataLoader, Numericalize, SortedDL, TensorText, awd_lstm_clas_config,
-                             awd_lstm_lm_config, pad_input_chunk)
-from fastai.tabular.all import (Categorify, EncodedMultiCategorize, FillMissing, MultiCategoryBlock, Normalize,
-                                TabularDataLoaders, TabularPandas)
+from fastai.tabular.all import Categorify, MultiCategoryBlock, Normalize, TabularDataLoaders, TabularPandas
+from fastai.text.all import (AWD_LSTM, LMDataLoader, Numericalize, SortedDL, awd_lstm_clas_config, awd_lstm_lm_config,
+                             pad_input_chunk)
 from sklearn.datasets import load_digits
 
 CPU = torch.device('cpu')

@@ -2,7 +2,7 @@
 import importlib, inspect, pickle, warnings
 from copy import deepcopy
 
-import fastai.losses as fastai_losses, fastai.vision.learner, pytest
+import fastai.losses as fastai_losses, pytest
 from helpers import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.tabular.all import tabular_learner

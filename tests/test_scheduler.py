@@ -1,5 +1,5 @@
 "LabelSmoothingScheduler: eps annealed during a fit (SPEC section 2)."
-import pickle, warnings
+import pickle
 from copy import deepcopy
 
 import fastai.losses, pytest

@@ -628,3 +628,15 @@ def test_backend_torch():
     x = logits()
     for loss_func, target in ((smooth_cross_entropy, INDEX), (smooth_bce, HOT)):
         assert torch.equal(loss_func(x, target, backend='torch'), loss_func(x, target, backend='auto'))
+
+
+@pytest.mark.parametrize('changed', ['target', 'weight', 'prior'])
+def test_changed_in_place_before_backward(changed):
+    "As in PyTorch: an error, not the gradient of another loss"
+    x, y = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3).softmax(1)
+    kwargs = dict(weight=torch.rand(3)+.5) if changed == 'weight' else dict(prior=torch.rand(3).softmax(0))
+    for f, args in ((smooth_cross_entropy, {}), (smooth_bce, dict(reduction='sum'))):
+        loss = f(x, y, **kwargs, **args)
+        (y if changed == 'target' else kwargs[changed]).mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+        (y if changed == 'target' else kwargs[changed]).div_(2)

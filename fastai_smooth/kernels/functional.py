@@ -129,7 +129,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     else:
         check_needs_no_index(s)
         if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
-        target, ignored, invalid = target if target.is_floating_point() else target.to(x.dtype), None, None
+        ignored = invalid = None
     plain = traced or needs_grad(target, weight, s.prior, s.eps)
     return head(x, softmax.Job(target, index, s, axis, weight, ignored, invalid), reduction, plain)
 

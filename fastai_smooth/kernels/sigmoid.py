@@ -27,6 +27,10 @@ class Labels:
         cut = lambda v: None if v is None else v[at]
         return replace(self, target=self.target[at], prior=cut(self.prior), weight=cut(self.weight), pos_weight=cut(self.pos_weight))
 
+    def tensors(self):
+        "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
+        return [v for v in (self.target, self.prior, self.weight, self.pos_weight) if v is not None]
+
     def loss(self, x):
         "The loss of each logit, differentiable."
         q = sigmoid_q(self.target.to(x.dtype), self.eps, self.prior)
@@ -62,13 +66,13 @@ class SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, labels, reduction):
-        ctx.save_for_backward(x, labels.target)
+        ctx.save_for_backward(x, *labels.tensors())
         ctx.labels, ctx.reduction = labels, reduction
         return chunked_loss(x, labels, reduction)
 
     @staticmethod
     def backward(ctx, grad):
-        x, _ = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         if torch.is_grad_enabled() or transforming():
             with torch.enable_grad(): loss = plain_loss(x, ctx.labels, ctx.reduction)
             return torch.autograd.grad(loss, x, grad, create_graph=torch.is_grad_enabled())[0], None, None

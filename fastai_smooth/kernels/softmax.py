@@ -26,6 +26,10 @@ class Job:
     ignored: Tensor | None = None  # [rows], True where a row counts for nothing; None when there is no such row
     invalid: Tensor | None = None  # [rows], True where an index was out of range and could not be reported: nan
 
+    def tensors(self):
+        "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
+        return [v for v in (self.target, self.weight, self.smoothing.prior, self.smoothing.eps) if isinstance(v, Tensor)]
+
     def rows_index(self, at): return tuple(s for d, s in enumerate(at) if d != self.axis)
 
     def rows(self, v, at):
@@ -180,13 +184,13 @@ class SoftmaxLoss(torch.autograd.Function):
     def forward(ctx, x, job, reduction):
         ctx.probs = torch.empty_like(x) if x.dtype == accumulator(x) else None
         loss, ctx.used = forward_rows(x, job, ctx.probs)
-        ctx.save_for_backward(x, job.target)
+        ctx.save_for_backward(x, *job.tensors())
         ctx.job, ctx.reduction, ctx.denominator = job, reduction, job.denominator(x) if reduction == 'mean' else 1
         return loss if reduction == 'none' else loss.sum() / ctx.denominator
 
     @staticmethod
     def backward(ctx, grad):
-        x, _ = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         if torch.is_grad_enabled() or transforming():
             with torch.enable_grad(): loss = plain_loss(x, ctx.job, ctx.reduction)
             return torch.autograd.grad(loss, x, grad, create_graph=torch.is_grad_enabled())[0], None, None
