@@ -141,6 +141,7 @@ def _wrapped(f):
     @functools.wraps(f)
     def _f(*args, label_smoothing=None, **kwargs): return _smoothed(f(*args, **kwargs), label_smoothing)
     _f.__module__,_f.__signature__ = __name__,_with_flag(f) # pickled by this name: it is not fastai's
+    _f.__doc__ = f"fastai's `{f.__name__}` ({f.__doc__}), with `label_smoothing`: True, or an eps, as in `Learner.to_smooth`"
     return _f
 
 vision_learner = _wrapped(fastai.vision.learner.vision_learner)

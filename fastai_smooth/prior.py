@@ -17,9 +17,9 @@ def _counted(labels, num_classes, ignore_index):
         o = o[o != ignore_index]
         if len(o) and not 0 <= o.min() <= o.max() < num_classes:
             raise ValueError(f'labels from {o.min()} to {o.max()} for {num_classes} classes: pass ignore_index, or a tensor as prior')
-        counts += torch.bincount(o, minlength=num_classes)
+        counts += torch.bincount(o.as_subclass(Tensor), minlength=num_classes)
     if not counts.sum(): raise ValueError('the training data has no labels to count')
-    return (counts / counts.sum()).float()
+    return (counts / counts.sum()).float().as_subclass(Tensor)
 
 # %% ../nbs/02_prior.ipynb #440bdd20
 def _labels(dl):
