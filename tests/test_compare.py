@@ -1,0 +1,509 @@
+"""The command line: what it measures, worked by hand; that runs of one seed are pairs; that bad input is one line and
+exit code 2 before any training; that Ctrl-C keeps what is finished."""
+import math, os, re, signal, struct, subprocess, sys, time
+from collections import Counter
+from urllib.error import URLError
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import tensor
+from PIL import Image
+
+from fastai_smooth import compare as cmp
+from fastai_smooth.images import *
+from fastai_smooth.compare import *
+
+DIGITS = digits()
+TINY = dict(arch='squeezenet1_1', epochs=1, bs=8, progress=False)
+ARCH = '--arch squeezenet1_1 --size 32'.split()
+TINY_ARGS = ARCH + '--bs 8 --epochs 1 --seeds 1'.split()
+
+
+def few(n=40, **kwargs):
+    "The first `n` digits"
+    return ImageSet(DIGITS.images[:n], DIGITS.classes[:n], DIGITS.vocab, **kwargs)
+
+def save(folder, name, i=0):
+    "Digit number `i` as folder/name"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(DIGITS.images[i]).save(folder/name)
+
+@pytest.fixture
+def photos(tmp_path):
+    "Two classes of ten images, one subfolder each"
+    for i in range(20): save(tmp_path/'photos'/f'class {i%2}', f'{i}.png', i)
+    return tmp_path/'photos'
+
+@pytest.fixture
+def no_training(monkeypatch):
+    "Fails the test that trains"
+    def one_run(*args, **kwargs): raise AssertionError('it trained')
+    monkeypatch.setattr(cmp, 'one_run', one_run)
+
+def fake_run(data, eps, seed, **kwargs):
+    "What `one_run` gives, without training"
+    g = torch.Generator().manual_seed(seed)
+    logits,targs = torch.randn(30, 10, generator=g),torch.randint(10, (30,), generator=g)
+    return dict(eps=eps, seed=seed, **score(logits*(3-2*eps), targs))
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Images this small gain nothing from more, and lose much on a busy machine"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def run_main(*args):
+    "Exit code of `main`, argparse's own exits included"
+    try: return main([str(o) for o in args])
+    except SystemExit as e: return e.code
+
+
+# ---------------------------------------------------------------- images, split, noise
+
+def test_digits_are_the_real_ones():
+    assert (len(DIGITS.images), DIGITS.images[0].shape, DIGITS.vocab) == (1797, (8,8,3), list('0123456789'))
+    assert np.bincount(DIGITS.classes).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert max(o.max() for o in DIGITS.images) == 255
+
+def test_folder_of_classes(photos):
+    save(photos/'class 1'/'deeper', 'x.png')
+    (photos/'class 1'/'notes.txt').write_text('no image')
+    data = image_folder(photos)
+    assert data.vocab == ['class 0', 'class 1'] and data.is_valid is None
+    assert Counter(data.classes.tolist()) == {0: 10, 1: 11}
+    assert all(data.vocab[c] in f.parts for f,c in zip(data.images, data.classes))
+    assert data.images == sorted(data.images)
+
+def test_folder_with_train_and_valid(tmp_path):
+    for i in range(6): save(tmp_path/('train' if i < 4 else 'valid')/'ab'[i%2], f'{i}.png')
+    save(tmp_path/'test'/'other', 'ignored.png')
+    data = image_folder(tmp_path)
+    assert data.vocab == ['a', 'b'] and data.is_valid.sum() == 2
+    assert all((f.parts[-3] == 'valid') == v and data.vocab[c] == f.parts[-2]
+               for f,c,v in zip(data.images, data.classes, data.is_valid))
+
+@pytest.mark.parametrize('sizes', [(10, 20, 5), (2, 2), (1797,), (3, 100)])
+def test_split_takes_a_fifth_of_every_class(sizes):
+    classes = np.repeat(np.arange(len(sizes)), sizes)
+    valid = split_valid(classes, seed=0)
+    for c,n in enumerate(sizes): assert valid[classes == c].sum() == max(1, round(n/5)) < n
+    assert (valid == split_valid(classes, seed=0)).all()
+
+def test_split_depends_on_the_seed():
+    assert (split_valid(DIGITS.classes, 0) != split_valid(DIGITS.classes, 1)).any()
+
+def test_noise_is_symmetric():
+    "40,000 labels: a count's standard deviation is below 100, so 500 is far out"
+    classes = np.repeat([0, 1, 2, 3], 10000)
+    noisy = flip_labels(classes, .3, n_classes=4, seed=0)
+    for c in range(4):
+        counts = np.bincount(noisy[classes == c], minlength=4)
+        assert abs(counts[c] - 7000) < 500
+        assert all(abs(o - 1000) < 250 for i,o in enumerate(counts) if i != c)
+
+def test_noise_is_seeded():
+    a,b,c = (flip_labels(DIGITS.classes, .5, 10, seed=o) for o in (0, 0, 1))
+    assert (a == b).all() and (a != c).any()
+
+def test_no_noise_no_flips(): assert (flip_labels(DIGITS.classes, 0., 10, seed=0) == DIGITS.classes).all()
+
+@pytest.mark.parametrize('is_valid', [None, np.arange(1797) >= 1500])
+def test_noise_is_for_training_labels_only(is_valid):
+    data = ImageSet(DIGITS.images, DIGITS.classes, DIGITS.vocab, is_valid)
+    clean,noisy = (get_dls(data, seed=3, noise=o) for o in (0., .4))
+    def labels(dl): return [int(o[1]) for o in dl.items]
+    assert labels(clean.valid) == labels(noisy.valid) # images stay at their side, and in their order
+    wrong = np.mean([a != b for a,b in zip(labels(clean.train), labels(noisy.train))])
+    assert abs(wrong - .4) < .06
+    expected = split_valid(DIGITS.classes, 3) if is_valid is None else is_valid
+    assert labels(clean.valid) == DIGITS.classes[expected].tolist()
+
+def test_batches_have_the_size_asked_for_and_the_right_images(photos):
+    dls = get_dls(image_folder(photos), seed=0, size=20, bs=4)
+    x,y = dls.one_batch()
+    assert x.shape == (4,3,20,20) and dls.vocab == ['class 0', 'class 1'] and dls.train.fake_l.num_workers == 0
+    img,cls = dls.valid_ds[0]
+    assert dls.vocab[cls] in dls.valid.items[0][0].parts
+    flat = get_dls(few(), seed=0, size=8)
+    img,cls = flat.valid_ds[0]
+    first = np.flatnonzero(split_valid(few().classes, 0))[0]
+    assert (np.array(img) == DIGITS.images[first]).all() and int(cls) == DIGITS.classes[first]
+
+
+# ---------------------------------------------------------------- what is measured
+
+def test_score_by_hand():
+    "Probabilities 3/4, 1/4 of which the first is right in one row of two; then 9/10 and right"
+    logits = tensor([[math.log(3.), 0.], [math.log(3.), 0.], [0., math.log(9.)]])
+    res = score(logits, tensor([0, 1, 1]))
+    assert res['accuracy'] == pytest.approx(2/3)
+    assert res['nll'] == pytest.approx(-(math.log(.75) + math.log(.25) + math.log(.9))/3)
+    assert res['confidence_gap'] == pytest.approx((.75+.75+.9)/3 - 2/3)
+    assert res['confidence'] == pytest.approx([.75, .75, .9]) and res['correct'].tolist() == [True, False, True]
+
+def test_nll_of_a_sure_and_wrong_model_is_finite():
+    assert score(tensor([[200., 0.]]), tensor([1]))['nll'] == pytest.approx(200)
+
+def results(*rows): return pd.DataFrame(rows, columns=['eps', 'seed', *METRICS])
+
+hand = results((0., 0, .8, .5, .1), (.1, 0, .9, .7, .0), (0., 1, .6, .9, .3), (.1, 1, .9, .5, .0))
+
+def test_summary_by_hand():
+    """accuracy at eps 0: .8, .6, so mean .7 and std .1*sqrt(2); at .1 no spread. Its change, by seed: .1, .3.
+    nll: .7 and .6; the change .2, -.4 has mean -.1 and std .3*sqrt(2). gap: .2, 0; change -.1, -.3"""
+    s,r2 = summarise(hand),math.sqrt(2)
+    assert s.index.tolist() == [0., .1]
+    def row(eps, what): return [(s.loc[eps,(what,'mean',m)], s.loc[eps,(what,'std',m)]) for m in METRICS]
+    assert np.allclose(row(0., 'itself'), [(.7,.1*r2), (.7,.2*r2), (.2,.1*r2)])
+    assert np.allclose(row(.1, 'itself'), [(.9,0), (.6,.1*r2), (0,0)])
+    assert np.allclose(row(.1, 'change'), [(.2,.1*r2), (-.1,.3*r2), (-.2,.1*r2)])
+    assert np.allclose(row(0., 'change'), 0)
+
+def test_pairs_are_matched_by_seed_not_by_order():
+    shuffled = hand.iloc[[3,0,1,2]].reset_index(drop=True)
+    a,b = summarise(hand),summarise(shuffled).loc[[0., .1]]
+    assert np.allclose(a.values, b.values)
+
+def test_unfinished_pairs_are_left_out_of_the_change():
+    "As after Ctrl-C: the last seed has an eps .1, but no eps 0"
+    more = pd.concat([hand, results((.1, 2, .3, 9., .5))], ignore_index=True)
+    assert np.allclose(summarise(more).loc[.1,'change'], summarise(hand).loc[.1,'change'])
+    assert summarise(more).loc[.1,('itself','mean','accuracy')] == pytest.approx(.7)
+
+def test_a_diverged_run_shows():
+    bad = hand.copy()
+    bad.loc[1, 'nll'] = math.nan
+    assert math.isnan(summarise(bad).loc[.1,('itself','mean','nll')])
+
+def test_table_by_hand():
+    assert table(hand).values.tolist() == [
+        [0., 2, '0.7000 ± 0.1414', '0.7000 ± 0.2828', '+0.2000 ± 0.1414', '', '', ''],
+        [.1, 2, '0.9000 ± 0.0000', '0.6000 ± 0.1414', '+0.0000 ± 0.0000',
+         '+0.2000 ± 0.1414', '-0.1000 ± 0.4243', '-0.2000 ± 0.1414']]
+    assert list(table(hand)) == ['eps', 'seeds', 'accuracy', 'nll', 'confidence gap',
+                                 'accuracy vs 0', 'nll vs 0', 'gap vs 0']
+
+def test_table_of_one_seed_has_no_spread():
+    assert table(hand[:2]).values.tolist() == [[0., 1, '0.8000', '0.5000', '+0.1000', '', '', ''],
+                                               [.1, 1, '0.9000', '0.7000', '+0.0000', '+0.1000', '+0.2000', '-0.1000']]
+
+def test_table_without_eps_0_has_no_change():
+    assert list(table(hand[hand.eps > 0])) == ['eps', 'seeds', 'accuracy', 'nll', 'confidence gap']
+
+def test_reliability_by_hand():
+    "Confidence .5 opens a bin, 1 is in the last one, empty bins are left out"
+    bins = reliability(np.array([.45, .5, .58, .95, 1.]), np.array([False, True, False, True, True]), min_n=1)
+    assert bins.n.tolist() == [1, 2, 2]
+    assert np.allclose(bins.confidence, [.45, .54, .975]) and np.allclose(bins.accuracy, [0, .5, 1])
+
+@pytest.mark.parametrize('confidence,n', [
+    ([.05, .15, .25, .35], [2, 2]), ([.05, .15, .25], [3]), ([.05, .95, .96], [3]), ([.05], [1]),
+    ([.91, .92, .93], [3]), ([.05, .06, .07, .95], [4]), ([.05, .06, .07, .5, .95], [3, 2])], ids=str)
+def test_small_bins_are_merged(confidence, n):
+    "Here until they have two; what is left over at the end goes with the bin before"
+    assert reliability(np.array(confidence), np.ones(len(confidence), bool), min_n=2).n.tolist() == n
+
+def test_plot_pools_seeds_into_one_curve_an_eps():
+    runs = [fake_run(None, eps, seed) for seed in range(2) for eps in (0., .1)]
+    top,low = plot_reliability(runs).axes
+    diagonal,*curves = top.lines
+    assert [o.get_label() for o in curves] == ['eps 0', 'eps 0.1']
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0,1]
+    pool = [np.concatenate([r[o] for r in runs if r['eps'] == 0]) for o in ('confidence', 'correct')]
+    assert np.allclose(curves[0].get_xdata(), reliability(*pool).confidence)
+    assert np.allclose(curves[0].get_ydata(), reliability(*pool).accuracy)
+    assert sum(o.get_height() for o in low.patches) == pytest.approx(2) # each eps's shares add up to one
+
+def test_diverged_images_are_in_no_bin():
+    assert reliability(np.array([math.nan, .3]), np.array([True, True])).n.tolist() == [1]
+    plot_reliability([dict(eps=0., confidence=np.array([math.nan]), correct=np.array([True]))])
+
+
+# ---------------------------------------------------------------- runs
+
+def test_eps_smooths_training_and_0_leaves_the_hard_loss():
+    dls = get_dls(few(), seed=0, bs=8)
+    assert type(get_learner(dls, 0., 'squeezenet1_1').loss_func) is CrossEntropyLossFlat
+    loss = get_learner(dls, .3, 'squeezenet1_1').loss_func
+    logits,targs = torch.randn(5, 10, requires_grad=True),tensor([0, 1, 2, 3, 4])
+    assert loss.eps == .3
+    assert torch.allclose(loss(logits, targs), torch.nn.functional.cross_entropy(logits, targs, label_smoothing=.3))
+    with torch.no_grad(): assert torch.allclose(loss(logits, targs), torch.nn.functional.cross_entropy(logits, targs))
+
+class Witness(Callback):
+    "Writes down all of a run that a seed decides"
+    def __init__(self, seen): self.seen = seen
+    def before_fit(self):
+        self.run = not hasattr(self, 'gather_preds') # a trained model may differ
+        if self.run: self.seen += [o.clone() for o in self.model.state_dict().values()]
+    def before_batch(self): self.seen += [o.clone() for o in (*self.xb, *self.yb, torch.get_rng_state())]
+
+@pytest.mark.parametrize('options', [{}, dict(noise=.3, augment=True), dict(augment=True, workers=2)], ids=str)
+def test_runs_of_one_seed_are_pairs(monkeypatch, options):
+    """Weights, split, noise, order, augmentation and the state that dropout draws from: the same for two eps, not for
+    two seeds"""
+    make,witnessed = cmp.get_learner,[]
+    def get_learner(*args, **kwargs):
+        witnessed.append([])
+        return make(*args, **kwargs).add_cb(Witness(witnessed[-1]))
+    monkeypatch.setattr(cmp, 'get_learner', get_learner)
+    for eps,seed in ((0., 0), (.4, 0), (0., 1)): one_run(few(), eps, seed, **TINY, **options)
+    a,b,c = witnessed
+    def same(x, y): return [torch.equal(i, j) for i,j in zip(x, y)]
+    assert len(a) == len(b) == len(c) > 60
+    assert all(same(a, b)) and not all(same(a, c))
+
+def test_a_run_repeats_bit_by_bit():
+    a,b,c = (one_run(few(), eps, 0, noise=.2, augment=True, **TINY) for eps in (0., 0., .4))
+    assert (a['confidence'] == b['confidence']).all() and all(a[o] == b[o] for o in METRICS)
+    assert a['nll'] != c['nll'] # and eps does something
+
+def test_a_run_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    one_run(few(), 0., 0, **TINY)
+    assert torch.equal(before, torch.get_rng_state())
+
+def test_pretrained_fine_tunes(monkeypatch):
+    "Without a download: what is asked of fastai"
+    calls = []
+    make = cmp.vision_learner
+    def vision_learner(*args, pretrained, **kwargs):
+        calls.append(pretrained)
+        return make(*args, pretrained=False, **kwargs)
+    monkeypatch.setattr(cmp, 'vision_learner', vision_learner)
+    monkeypatch.setattr(Learner, 'fine_tune', lambda self, *args, **kwargs: calls.append(args))
+    one_run(few(), 0., 0, pretrained=True, **TINY)
+    one_run(few(), 0., 0, **TINY)
+    assert calls == [True, (1, 3e-3), False]
+
+@pytest.mark.parametrize('arch', ['resnet18', 'xresnet18', 'mobilenet_v3_small'])
+def test_archs_of_torchvision_and_fastai(arch):
+    assert arch in archs()
+    check_training(few(), arch, False, 32, 8)
+
+
+# ---------------------------------------------------------------- the command
+
+def command(out, *args, **kwargs):
+    cmd = [sys.executable, '-m', 'fastai_smooth', *map(str, args), '--out', str(out)]
+    return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8',
+                            env={**os.environ, 'PYTHONIOENCODING': 'utf-8', 'OMP_NUM_THREADS': '1'}, **kwargs)
+
+def test_from_end_to_end(photos, tmp_path, capsys):
+    "Through the shell, then again in this process: the same results to the bit"
+    args = ['--data', photos, '--eps', 0, .2, '--noise', .1, *TINY_ARGS]
+    p = command(tmp_path/'a', *args)
+    out,err = p.communicate(timeout=300)
+    assert p.returncode == 0 and err == '', err
+    assert 'Epoch 1/1' in out and 'train_loss' in out # fastai's progress
+    res = pd.read_csv(tmp_path/'a'/'results.csv')
+    assert list(res) == ['eps', 'seed', *METRICS] and res.eps.tolist() == [0, .2] and res.seed.tolist() == [0, 0]
+    assert table(res).to_string(index=False) in out
+    img = Image.open(tmp_path/'a'/'reliability.png')
+    assert min(img.size) > 500 and len(img.convert('RGB').getcolors(1 << 24)) > 20
+    assert run_main('compare', *args, '--out', tmp_path/'b') == 0
+    assert (tmp_path/'a'/'results.csv').read_bytes() == (tmp_path/'b'/'results.csv').read_bytes()
+
+@pytest.mark.skipif(os.name == 'nt', reason='sends SIGINT')
+def test_ctrl_c_on_the_real_thing(photos, tmp_path):
+    p = command(tmp_path/'o', '--data', photos, *TINY_ARGS, '--seeds', 5000)
+    csv = tmp_path/'o'/'results.csv'
+    while not csv.exists() and p.poll() is None: time.sleep(.1)
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=300)
+    assert p.returncode == 130 and 'Traceback' not in err
+    assert re.search(r'interrupted, [1-9]\d* of 10000 runs are finished\n$', err)
+    assert len(pd.read_csv(csv)) >= 1 and table(pd.read_csv(csv)).to_string(index=False) in out
+    assert (tmp_path/'o'/'reliability.png').exists()
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    def one_run(data, eps, seed, **kwargs):
+        if seed: raise KeyboardInterrupt
+        return fake_run(data, eps, seed)
+    monkeypatch.setattr(cmp, 'one_run', one_run)
+    assert run_main(*ARCH, '--out', tmp_path) == 130
+    out,err = capsys.readouterr()
+    assert err.strip() == 'fastai_smooth: interrupted, 2 of 6 runs are finished'
+    res = pd.read_csv(tmp_path/'results.csv')
+    assert res.eps.tolist() == [0, .1] and res.seed.tolist() == [0, 0] # a pair
+    assert table(res).to_string(index=False) in out and (tmp_path/'reliability.png').exists()
+
+def test_results_are_on_disk_after_each_run(tmp_path, monkeypatch):
+    "So that not even a power cut loses them"
+    lines = []
+    def one_run(data, eps, seed, **kwargs):
+        f = tmp_path/'results.csv'
+        lines.append(len(f.read_text().splitlines()) if f.exists() else 0)
+        return fake_run(data, eps, seed)
+    monkeypatch.setattr(cmp, 'one_run', one_run)
+    assert run_main(*ARCH, '--out', tmp_path, '--seeds', 2) == 0
+    assert lines == [0, 2, 3, 4]
+
+@pytest.mark.parametrize('where', ['one_run', 'load_images'])
+def test_ctrl_c_with_nothing_finished(tmp_path, monkeypatch, capsys, where):
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(cmp, where, interrupt)
+    assert run_main(*ARCH, '--out', tmp_path/'o') == 130
+    assert 'interrupted' in capsys.readouterr().err and not (tmp_path/'o'/'results.csv').exists()
+
+def test_options_arrive(tmp_path, monkeypatch):
+    seen = []
+    def one_run(data, eps, seed, **kwargs):
+        seen.append((eps, seed, kwargs))
+        return fake_run(data, eps, seed)
+    monkeypatch.setattr(cmp, 'one_run', one_run)
+    args = '--eps 0 .3 --seeds 2 --noise .25 --epochs 7 --arch xresnet18 --bs 16 --size 24 --lr .01 --workers 1'
+    assert run_main(*args.split(), '--augment', '--out', tmp_path/'not'/'there'/'yet') == 0
+    assert [o[:2] for o in seen] == [(0, 0), (.3, 0), (0, 1), (.3, 1)]
+    assert all(o[2] == dict(noise=.25, epochs=7, arch='xresnet18', pretrained=False, bs=16, size=24, lr=.01,
+                            augment=True, workers=1) for o in seen)
+
+def test_without_eps_0_a_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    assert run_main('--eps', .1, .2, '--seeds', 2, *ARCH, '--out', tmp_path) == 0
+    out = capsys.readouterr().out
+    assert 'Add 0 to --eps' in out and 'vs 0' not in out
+
+@pytest.mark.parametrize('args', [['--help'], ['compare', '--help']], ids=' '.join)
+def test_help(args, capsys):
+    assert run_main(*args) == 0
+    out,err = capsys.readouterr()
+    assert 'exit codes: 0 done, 2 bad input, 130 interrupted' in out and err == ''
+
+
+# ---------------------------------------------------------------- bad input
+
+def refused(capsys, *args):
+    "The one line on stderr"
+    assert run_main(*args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('fastai_smooth: ') and err.endswith('\n') and err.count('\n') == 1, err
+    return err
+
+@pytest.mark.parametrize('args,words', [
+    ('--eps 1.5', 'eps 1.5'), ('--eps nan', 'nan'), ('--eps -0.1', '-0.1'), ('--eps 0 x', 'x'), ('--eps inf', 'inf'),
+    ('--eps', 'eps'), ('--eps 0 .1 0', 'twice'), ('--noise 1', 'noise 1'), ('--noise -0.1', '-0.1'),
+    ('--noise nan', 'nan'), ('--epochs 0', 'epochs 0'), ('--epochs 1.5', '1.5'), ('--seeds 0', 'seeds 0'),
+    ('--size 0', 'size 0'), ('--bs 0', 'bs 0'), ('--bs 1', 'bs 1'), ('--bs 100000', '1438'), ('--workers -1', '-1'),
+    ('--lr 0', 'lr 0'), ('--lr nan', 'nan'), ('--arch resnet19', 'resnet19 resnet18'),
+    ('--arch zzz', 'zzz resnet18 xresnet18'), ('--arch vit_b_32', 'vit_b_32'),
+    ('--arch alexnet --size 16', 'alexnet 16'), ('--arch xresnet18 --pretrained', 'pretrained xresnet18'),
+    ('--data nowhere', 'nowhere'), ('--data', 'data'), ('--data fashion', '--root'),
+    ('--data fashion --root nowhere', 'nowhere --download'), ('--root here', '--root'), ('--download', '--download'),
+    ('--nonsense', 'nonsense'), ('bench2', 'bench2')])
+def test_bad_options(args, words, tmp_path, monkeypatch, capsys, no_training):
+    monkeypatch.chdir(tmp_path)
+    err = refused(capsys, *args.split())
+    assert all(re.sub(r'^-*', '', w) in err.replace('argument ', '').replace(':', '') for w in words.split()), err
+    assert not list(tmp_path.iterdir()) # nor does it leave anything
+
+def folder_one_class(p): save(p/'a', '1.png'); save(p/'a', '2.png'); return 'one class a'
+def folder_empty(p): p.mkdir(); return 'no images'
+def folder_no_images(p): (p/'a').mkdir(parents=True); (p/'a'/'notes.txt').write_text('hm'); return 'no images'
+def folder_is_a_file(p): p.write_text('hm'); return 'photos'
+def folder_flat(p): save(p, '1.png'); save(p, '2.png'); return '1.png no class'
+def folder_broken_image(p):
+    for o in 'ab': save(p/o, '1.png'); save(p/o, '2.png')
+    (p/'b'/'2.png').write_bytes((p/'b'/'1.png').read_bytes()[:-40])
+    return '2.png'
+def folder_text_as_image(p):
+    for o in 'ab': save(p/o, '1.png'); save(p/o, '2.png')
+    (p/'a'/'3.jpg').write_text('no image at all')
+    return '3.jpg'
+def folder_lone_image(p): save(p/'a', '1.png'); save(p/'a', '2.png'); save(p/'b', '1.png'); return 'image b'
+def folder_train_without_valid(p):
+    for o in ('train/a', 'train/b', 'val/a', 'val/b'): save(p/o, '1.png')
+    return 'train valid'
+def folder_valid_without_train(p):
+    for o in ('training/a', 'training/b', 'valid/a', 'valid/b'): save(p/o, '1.png')
+    return 'train valid'
+def folder_empty_valid(p):
+    for o in ('train/a', 'train/b'): save(p/o, '1.png')
+    (p/'valid'/'a').mkdir(parents=True)
+    return 'no images valid'
+def folder_empty_train(p):
+    for o in ('valid/a', 'valid/b'): save(p/o, '1.png')
+    (p/'train').mkdir()
+    return 'no images train'
+def folder_unseen_class(p):
+    for o in ('train/a', 'train/b', 'valid/a', 'valid/c'): save(p/o, '1.png')
+    return 'valid c train'
+def folder_fewer_than_a_batch(p):
+    for o in 'ab': save(p/o, '1.png'); save(p/o, '2.png')
+    return '--bs 64 2'
+
+bad_folders = [v for k,v in list(globals().items()) if k.startswith('folder_')]
+
+@pytest.mark.parametrize('make', bad_folders, ids=lambda f: f.__name__)
+def test_bad_folders(make, tmp_path, capsys, no_training):
+    words = make(tmp_path/'photos')
+    err = refused(capsys, '--data', tmp_path/'photos', '--out', tmp_path/'o')
+    assert all(w in err for w in words.split()), err
+    assert not (tmp_path/'o').exists()
+
+@pytest.mark.parametrize('out', ['file', 'file/deeper'])
+def test_out_that_cannot_be_written(out, tmp_path, capsys, no_training):
+    (tmp_path/'file').write_text('here first')
+    assert str(tmp_path/out) in refused(capsys, *ARCH, '--out', tmp_path/out)
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write anywhere')
+def test_out_without_permission(tmp_path, capsys, no_training):
+    tmp_path.chmod(0o500)
+    assert str(tmp_path) in refused(capsys, *ARCH, '--out', tmp_path)
+
+def test_out_among_the_images(photos, capsys, no_training):
+    "The second time, the plot of the first would be an image of a class named as --out is"
+    assert 'lies in' in refused(capsys, '--data', photos, '--out', photos/'o')
+
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch, capsys, no_training):
+    def offline(*args, **kwargs): raise URLError('no route\nto host')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', offline)
+    assert '--pretrained' in refused(capsys, '--pretrained', '--out', tmp_path)
+
+@pytest.mark.skipif(os.name == 'nt', reason='takes its seconds once')
+def test_bad_input_through_the_shell(tmp_path):
+    "No warning of a library, no traceback beside the one line"
+    p = command(tmp_path/'o', '--data', tmp_path/'nowhere')
+    out,err = p.communicate(timeout=300)
+    assert p.returncode == 2 and out == '' and err.count('\n') == 1 and 'nowhere' in err
+
+
+# ---------------------------------------------------------------- FashionMNIST
+
+def write_idx(path, array):
+    "The format of MNIST's files: two zeros, type, number of dimensions, the dimensions, the bytes"
+    header = struct.pack(f'>HBB{array.ndim}I', 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+@pytest.fixture
+def fashion_root(tmp_path):
+    raw,rng = tmp_path/'FashionMNIST'/'raw',np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for part,n in (('train', 40), ('t10k', 12)):
+        write_idx(raw/f'{part}-images-idx3-ubyte', rng.integers(0, 256, (n,28,28)))
+        write_idx(raw/f'{part}-labels-idx1-ubyte', np.arange(n) % 10)
+    return tmp_path
+
+def test_fashion_keeps_its_own_split(fashion_root):
+    data = fashion(fashion_root)
+    assert data.is_valid.tolist() == [False]*40 + [True]*12 and len(data.images) == 52
+    assert data.images[0].shape == (28,28,3) and data.vocab[9] == 'Ankle boot'
+    assert data.classes.tolist() == [i%10 for i in range(40)] + [i%10 for i in range(12)]
+
+def test_fashion_runs(fashion_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    assert run_main('--data', 'fashion', '--root', fashion_root, '--out', tmp_path/'o', *TINY_ARGS) == 0
+
+def test_broken_fashion_is_one_line(fashion_root, tmp_path, capsys, no_training):
+    (fashion_root/'FashionMNIST'/'raw'/'t10k-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03')
+    assert str(fashion_root) in refused(capsys, '--data', 'fashion', '--root', fashion_root, '--out', tmp_path/'o')
+
+def test_fashion_that_cannot_be_downloaded(tmp_path, monkeypatch, capsys, no_training):
+    def offline(*args, **kwargs): raise URLError('no route to host')
+    monkeypatch.setattr('torchvision.datasets.mnist.download_and_extract_archive', offline)
+    args = '--data', 'fashion', '--download', '--root', tmp_path/'f', '--out', tmp_path/'o'
+    assert 'download failed' in refused(capsys, *args)
