@@ -83,8 +83,8 @@ class MultiLabelSmoothingCallback(Callback):
     def _drop(self): self._hard = self._leaf = None
 
     def after_pred(self):
-        "Class indices would fail in the loss, less clearly"
-        if len(self.yb)==1 and isinstance(self.pred, Tensor): self._check_not_index(self.yb[0])
+        "A target that does not fit would fail in the loss, less clearly"
+        if isinstance(self.pred, Tensor): self._check_target()
 
     def after_loss(self):
         "Let the other callbacks build on a leaf, instead of on the hard loss"
@@ -117,13 +117,11 @@ class MultiLabelSmoothingCallback(Callback):
         if not y.is_floating_point(): y = y.to(self.pred.dtype)
         return sigmoid_q(y, self.eps, None if self._u is None else self._u.to(y.device, y.dtype))
 
-    def _check_not_index(self, y):
-        if not y.is_floating_point() and y.shape == self.pred.shape[:-1]: raise TypeError(_one_class.format('A target of class indices'))
-
     def _check_target(self):
         if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')
         y,shape = self.yb[0],getattr(self.pred, 'shape', None)
         if getattr(y, 'shape', ()) != shape:
+            if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
             raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
         if self._u is not None and len(self._u) != shape[-1]:
             raise ValueError(f'prior has {len(self._u)} labels, the predictions have {shape[-1]}')
@@ -158,7 +156,7 @@ class LabelSmoothingScheduler(Callback):
         self._owner,self.eps_values = _eps_owner(self.learn),[]
         self._configured = self._owner.eps
 
-    def before_batch(self): self._owner.eps = self.sched(self.pct_train)
+    def before_batch(self): self._owner.eps = check_eps(self.sched(self.pct_train))
     def after_batch(self): self.eps_values.append(self._owner.eps)
 
     def after_fit(self):

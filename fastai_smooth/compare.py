@@ -213,7 +213,7 @@ exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)''')
       'subfolder a class, or with train and valid, each with one subfolder a class (default: digits)')
     g('--root', metavar='DIR', help='with --data fashion: where FashionMNIST is')
     g('--download', action='store_true', help='with --data fashion: download it to --root if it is not there')
-    g('--size', type=_count, metavar='PX', help='side that images are resized to (default: digits 24, fashion 32, else 128)')
+    g('--size', type=_count, metavar='PX', help='side to resize images to (default: digits 24, fashion 32, else 128)')
     g('--noise', type=_noise, default=0., metavar='P', help='share of training labels that are made wrong (default: 0)')
     g('--augment', action='store_true', help="fastai's aug_transforms() in training: flips, small rotations, ...")
     g('--workers', type=_procs, default=0, metavar='N', help='processes that load images (default: 0)')
@@ -263,6 +263,8 @@ def check_out(out:Path):
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out): pass
+        for f in (out/'results.csv', out/'reliability.png'):
+            if f.exists(): f.open('a').close() # an old one that can't be written again, or a folder
     except OSError as e: raise BadInput(f'--out {out}: can\'t write there ({e.strerror})') from e
 
 # %% ../nbs/06_compare.ipynb #9a19ec36

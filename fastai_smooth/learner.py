@@ -56,16 +56,20 @@ def _options(loss):
                     "(exactly these, no subclasses). Pass a loss that smooths as loss_func= instead")
 
 # %% ../nbs/04_learner.ipynb #80bdc621
-def _smooth_sigmoid(eps, prior, spread, smooth_valid):
+def _resolved(prior, dls, **kwargs):
+    "`prior`, with the label frequencies counted where it is 'train'."
+    if not isinstance(prior, str): return prior
+    if prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
+    return train_prior(dls, **kwargs)
+
+def _smooth_sigmoid(dls, eps, prior, spread, smooth_valid):
     if smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
                                       'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
     if spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
-    return MultiLabelSmoothingCallback(ifnone(eps, .05), prior)
+    return MultiLabelSmoothingCallback(ifnone(eps, .05), _resolved(prior, dls, multi=True))
 
 def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
-    if isinstance(prior, str):
-        if prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
-        prior = train_prior(dls, ignore_index=options.get('ignore_index', -100))
+    prior = _resolved(prior, dls, ignore_index=options.get('ignore_index', -100))
     return SmoothedCrossEntropyFlat(ifnone(eps, .1), prior=prior, spread=spread, hard=loss, smooth_valid=smooth_valid, **options)
 
 def _found_loss(learn):
@@ -92,7 +96,7 @@ def to_smooth(self:Learner,
     Raises a TypeError for any other loss, and a ValueError for options out of range; the Learner is then unchanged."""
     loss,cbs = _found_loss(self),[]
     options = _options(loss)
-    if options is None: new,cbs = loss,[_smooth_sigmoid(eps, prior, spread, smooth_valid)]
+    if options is None: new,cbs = loss,[_smooth_sigmoid(self.dls, eps, prior, spread, smooth_valid)]
     else: new = _smooth_softmax(loss, options, self.dls, eps, prior, spread, smooth_valid)
     self.remove_cb(MultiLabelSmoothingCallback)
     self.loss_func = new

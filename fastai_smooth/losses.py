@@ -17,14 +17,12 @@ class _Smooth(nn.Module):
     "What both modules share: options that are checked when they are set, and the buffers."
     _top = 1.   # the largest eps
 
-    def __init__(self, eps, reduction, backend, **buffers):
+    def __init__(self, reduction, backend, **buffers):
         super().__init__()
         K.check_reduction(reduction)
         K.pick_backend(backend)
-        self.eps,self.reduction,self.backend = eps,reduction,backend
-        for name,v in buffers.items():
-            if v is not None and not isinstance(v, Tensor): raise TypeError(f'{name} must be a tensor, got {v!r}')
-            self.register_buffer(name, None if v is None else K.unwrapped(v))
+        self.reduction,self.backend = reduction,backend
+        for name,v in buffers.items(): self.register_buffer(name, None if v is None else K.unwrapped(name, v))
 
     @property
     def eps(self):
@@ -34,6 +32,7 @@ class _Smooth(nn.Module):
     @eps.setter
     def eps(self, v):
         v = check_eps(v, self._top)
+        self._check(v)
         if hasattr(self, '_eps'): del self._eps
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
         else: self._eps = v
@@ -61,10 +60,15 @@ class LabelSmoothingCrossEntropy(_Smooth):
         axis:int=1, # Class axis
         backend:str='auto' # Who computes: 'auto' or 'torch'
     ):
-        super().__init__(eps, reduction, backend, weight=weight, prior=prior)
+        super().__init__(reduction, backend, weight=weight, prior=prior)
         self.spread,self.multi_hot,self.ignore_index,self.axis = spread,multi_hot,ignore_index,axis
-        sizes = [v.shape[-1] for v in (self.eps,self.prior,self.weight) if isinstance(v, Tensor) and v.dim()]
-        check_smoothing(self.smoothing(), first(sizes), self.weight)
+        self.eps = eps
+
+    def _check(self, eps):
+        "All options together; their values as long as they are on the CPU, where reading them stalls nothing"
+        tensors = [v for v in (eps,self.prior,self.weight) if isinstance(v, Tensor)]
+        check_smoothing(self.smoothing(eps), first(v.shape[-1] for v in tensors if v.dim()), self.weight,
+                        values=all(v.device.type=='cpu' for v in tensors))
 
     def smoothing(self, eps=None):
         "The options of the smoothed target, with another `eps` if one is given."
@@ -76,7 +80,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
         eps:float=None # Another smoothing than the module's, for this call
     ):
         return K.cross_entropy(input, target, self.smoothing(eps), self.weight, self.ignore_index, self.reduction, self.axis,
-                               self.backend, checked=True)
+                               self.backend, checked=not isinstance(eps, Tensor))
 
     def activation(self, x): return F.softmax(x, dim=self.axis)
     def decodes(self, x): return x.argmax(dim=self.axis)
@@ -99,10 +103,12 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         thresh:float=.5, # Probability above which `decodes` says yes
         backend:str='auto' # Who computes: 'auto' or 'torch'
     ):
-        super().__init__(eps, reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
+        super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
         if prior is not None: check_prior(self.prior, sigmoid=True)
         check_factors(weight=self.weight, pos_weight=self.pos_weight)
-        self.thresh = thresh
+        self.eps,self.thresh = eps,thresh
+
+    def _check(self, eps): pass # its range says it all
 
     def forward(self,
         input:Tensor, # Logits, floating point
@@ -116,17 +122,21 @@ class LabelSmoothingBCEWithLogits(_Smooth):
     def decodes(self, x): return x > self.thresh
 
 # %% ../nbs/01_losses.ipynb #b29603e9
+def _of_module(name, doc):
+    "A property that is read from, and set on, the module of a fastai loss."
+    def fset(self, v):
+        if 'func' in self.__dict__: setattr(self.func, name, v) # BaseLoss sets `axis` before there is one
+    return property(lambda self: getattr(self.func, name), fset, doc=doc)
+
 class _SmoothFlat(BaseLoss):
     "What both fastai losses share. Neither transposes nor copies: the kernels take any layout."
-    def __init__(self, loss_cls, axis, flatten, **kwargs): super().__init__(loss_cls, axis=axis, flatten=flatten, **kwargs)
+    def __init__(self, loss_cls, axis, flatten, **kwargs):
+        super().__init__(loss_cls, axis=axis, flatten=flatten, **kwargs)
+        # BaseLoss copied the module's attributes here, where setting them would do nothing
+        for k in vars(self.func): self.__dict__.pop(k, None)
 
-    @property
-    def eps(self):
-        "How much is smoothed; can be set, also between batches."
-        return self.func.eps
-
-    @eps.setter
-    def eps(self, v): self.func.eps = v
+    eps = _of_module('eps', "How much is smoothed; can be set, also between batches.")
+    backend = _of_module('backend', "Who computes; can be set.")
 
     def __call__(self,
         inp:Tensor, # Logits
@@ -138,7 +148,10 @@ class _SmoothFlat(BaseLoss):
 
     def _reshaped(self, inp, targ):
         shape = self._target_shape(inp)
-        return targ.reshape(shape) if targ.shape not in (shape, inp.shape) and targ.numel() == shape.numel() else targ
+        if targ.shape == shape or targ.numel() != shape.numel(): return targ
+        return targ if targ.shape == inp.shape and self._is_dense(targ) else targ.reshape(shape)
+
+    def _is_dense(self, targ): return True
 
     def activation(self, x): return self.func.activation(x)
     def decodes(self, x): return self.func.decodes(x)
@@ -168,6 +181,12 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
         super().__init__(partial(LabelSmoothingCrossEntropy, axis=axis), axis, flatten, eps=eps, prior=prior, spread=spread,
                          multi_hot=multi_hot, weight=weight, ignore_index=ignore_index, reduction=reduction, backend=backend)
 
+    axis = _of_module('axis', "Class axis; can be set.")
+    spread = _of_module('spread', "'all' or 'others'; can be set.")
+    multi_hot = _of_module('multi_hot', "Are targets 0/1 vectors whose ones share 1-eps? Can be set.")
+    ignore_index = _of_module('ignore_index', "Targets with this class index count for nothing; can be set.")
+
+    def _is_dense(self, targ): return targ.is_floating_point() or self.multi_hot # not so (N,1) indices of a single class
     def _target_shape(self, inp):
         a = self.axis % inp.ndim
         return inp.shape[:a] + inp.shape[a+1:]
@@ -192,12 +211,5 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
         super().__init__(LabelSmoothingBCEWithLogits, -1, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
                          reduction=reduction, thresh=thresh, backend=backend)
 
-    @property
-    def thresh(self):
-        "Probability above which `decodes` says yes; can be set."
-        return self.func.thresh
-
-    @thresh.setter
-    def thresh(self, v): self.func.thresh = v
-
+    thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
     def _target_shape(self, inp): return inp.shape

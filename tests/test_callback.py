@@ -618,3 +618,12 @@ def test_lr_find_then_fit(tmp_path):
     learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS)], path=tmp_path)
     learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
     same_training(learn, reference_learner(), 1)
+
+
+@pytest.mark.parametrize('target', [torch.zeros(64).long(), torch.zeros(64, 1).long(), torch.zeros(64, 4)], ids=['index', 'column', 'float'])
+def test_point_5_a_target_that_the_stock_loss_would_choke_on(target):
+    ds = list(zip(torch.randn(64, 8), target))
+    dls = DataLoaders(DataLoader(ds, bs=16), DataLoader(ds, bs=16))
+    learn = Learner(dls, nn.Linear(8, 3), loss_func=BCEWithLogitsLossFlat(), cbs=MultiLabelSmoothingCallback())
+    with learn.no_logging(), pytest.raises(TypeError, match='target') as e: learn.fit(1)
+    assert target.is_floating_point() or 'LabelSmoothingCrossEntropyFlat' in str(e.value)

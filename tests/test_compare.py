@@ -256,6 +256,7 @@ def test_runs_of_one_seed_are_pairs(monkeypatch, options):
     def same(x, y): return [torch.equal(i, j) for i,j in zip(x, y)]
     assert len(a) == len(b) == len(c) > 60
     assert all(same(a, b)) and not all(same(a, c))
+    assert not torch.equal(a[0], c[0]) # not only split and noise have the seed, the first weights do
 
 def test_a_run_repeats_bit_by_bit():
     a,b,c = (one_run(few(), eps, 0, noise=.2, augment=True, **TINY) for eps in (0., 0., .4))
@@ -507,3 +508,10 @@ def test_fashion_that_cannot_be_downloaded(tmp_path, monkeypatch, capsys, no_tra
     monkeypatch.setattr('torchvision.datasets.mnist.download_and_extract_archive', offline)
     args = '--data', 'fashion', '--download', '--root', tmp_path/'f', '--out', tmp_path/'o'
     assert 'download failed' in refused(capsys, *args)
+
+
+def test_out_that_holds_a_folder_of_the_same_name(tmp_path, capsys, no_training):
+    (tmp_path/'results.csv').mkdir()
+    assert cmp.main(['--out', str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and str(tmp_path) in err

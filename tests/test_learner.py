@@ -710,12 +710,25 @@ def depth(f):
     return n
 
 
-def test_reloading_the_module_patches_once():
-    "As autoreload does in a notebook. Last in this file: it replaces the module's functions."
+@pytest.fixture
+def put_back():
+    "What reloading the module replaces, for the tests that come after"
+    module, patched = dict(vars(fastai_smooth.learner)), ('__init__', 'to_smooth', 'to_hard')
+    methods = {n: getattr(Learner, n) for n in patched}
+    yield
+    vars(fastai_smooth.learner).update(module)
+    for n, f in methods.items(): setattr(Learner, n, f)
+
+
+def test_reloading_the_module_patches_once(put_back):
+    "As autoreload does in a notebook"
+    original = CrossEntropyLossFlat()
+    made_before = single(original, label_smoothing=.3)
     before = depth(Learner.__init__), depth(fastai_smooth.learner.vision_learner)
     signature = inspect.signature(Learner.__init__)
     for _ in range(3): importlib.reload(fastai_smooth.learner)
     assert (depth(Learner.__init__), depth(fastai_smooth.learner.vision_learner)) == before
+    assert made_before.to_smooth(.2).to_hard().loss_func is original
     assert inspect.signature(Learner.__init__) == signature
     loss = CrossEntropyLossFlat()
     learn = single(loss, label_smoothing=.3)

@@ -649,3 +649,42 @@ def test_eps_of_each_class_needs_class_indices():
 def test_shapes_that_do_not_match():
     with pytest.raises(ValueError): LabelSmoothingBCEWithLogitsFlat()(rand(4, 3), randint(2, 4, 2).double())
     with pytest.raises(ValueError): LabelSmoothingCrossEntropyFlat()(rand(4, 3), tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize('name,value', [('axis', 1), ('ignore_index', 1), ('spread', 'others'), ('multi_hot', True)])
+def test_what_is_set_on_a_flat_loss_takes_effect(name, value):
+    "As if it had been built so (fastai's BaseLoss copies the module's attributes, where setting them does nothing)"
+    loss, built = LabelSmoothingCrossEntropyFlat(), LabelSmoothingCrossEntropyFlat(**{name: value})
+    setattr(loss, name, value)
+    x = torch.randn(6, 3, 3)
+    y = (torch.rand(6, 3, 3) > .5).float() if name == 'multi_hot' else torch.randint(0, 3, (6, 3))
+    assert getattr(loss, name) == value and torch.equal(loss(x, y), built(x, y))
+
+
+@pytest.mark.parametrize('eps', [True, '0.1', None, [.1]])
+def test_eps_that_is_no_number(eps):
+    "True would be 1.0"
+    with pytest.raises(TypeError, match='eps'): LabelSmoothingCrossEntropyFlat(eps)
+
+
+def test_flip_is_warned_of_when_eps_is_set_later():
+    from fastai_smooth.kernels import checks
+    checks._warn_flip.cache_clear()
+    loss = LabelSmoothingCrossEntropyFlat(.01, weight=tensor([1., 50, 1]))
+    with pytest.warns(UserWarning, match='outweigh'): loss.eps = .9
+
+
+def test_a_single_class_in_a_column():
+    assert LabelSmoothingCrossEntropyFlat()(torch.randn(4, 1), torch.zeros(4, 1).long()) == 0
+
+
+def test_eps_of_one_call_is_checked():
+    x, y = torch.randn(2, 3), tensor([0, 1])
+    for eps in (5., tensor([2., .1, .1])):
+        with pytest.raises(ValueError, match='eps'): LabelSmoothingCrossEntropy()(x, y, eps=eps)
+
+
+@pytest.mark.parametrize('name', ['weight', 'pos_weight', 'prior'])
+def test_a_list_where_a_tensor_belongs(name):
+    from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as f
+    with pytest.raises(TypeError, match=name): f(torch.randn(2, 3), torch.ones(2, 3), **{name: [.5, .5, .5]})

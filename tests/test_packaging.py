@@ -70,8 +70,8 @@ def test_version_is_that_of_the_init_and_has_release_notes(project):
     assert metadata.version('fastai_smooth') == fastai_smooth.__version__
     assert f'## {fastai_smooth.__version__}\n' in read('CHANGELOG.md')
 
-def test_only_fastai_is_required(project):
-    assert [re.match(r'[\w-]+', d)[0] for d in project['dependencies']] == ['fastai']
+def test_only_fastai_and_its_torch_are_required(project):
+    assert [re.match(r'[\w-]+', d)[0] for d in project['dependencies']] == ['fastai', 'torch']
 
 def test_entry_points_load():
     eps = [e for group in ('console_scripts', 'nbdev') for e in metadata.entry_points(group=group) if e.name == 'fastai_smooth']
@@ -241,7 +241,7 @@ def test_public_names_are_documented(name):
     o = getattr(Learner, name.split('.')[1]) if '.' in name else getattr(fs_all, name)
     assert inspect.getdoc(o) and vars(o).get('__doc__', o.__doc__), f'{name} has no docstring'
     if hasattr(o, '__wrapped__'): # fastai's own function, and one parameter more
-        assert 'label_smoothing' in inspect.signature(o).parameters
+        assert 'label_smoothing' in inspect.signature(o).parameters and 'label_smoothing' in o.__doc__
         return
     docs = {k:v for k,v in docments(o).items() if k not in ('self', 'return', 'args', 'kwargs')}
     assert not [k for k,v in docs.items() if not v], f'parameters of {name} without a comment'

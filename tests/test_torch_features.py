@@ -640,3 +640,31 @@ def test_changed_in_place_before_backward(changed):
         (y if changed == 'target' else kwargs[changed]).mul_(2)
         with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
         (y if changed == 'target' else kwargs[changed]).div_(2)
+
+
+def grads_of_all_paths(x, y, **kwargs):
+    "The gradient by hand, and those of the plain formula: torch.func, create_graph, compiled"
+    f = lambda x: smooth_cross_entropy(x, y, reduction='sum', **kwargs)
+    leaf = x.clone().requires_grad_()
+    yield torch.autograd.grad(f(leaf), leaf)[0]
+    yield torch.autograd.grad(f(leaf), leaf, create_graph=True)[0].detach()
+    yield torch.func.grad(f)(x)
+    yield torch.autograd.grad(torch.compile(f, fullgraph=True, backend='aot_eager')(leaf), leaf)[0]
+
+
+@pytest.mark.parametrize('junk', [-torch.inf, torch.nan, torch.inf])
+def test_ignored_rows_of_junk_on_every_path(junk):
+    x = torch.randn(3, 4)
+    x[1] = junk
+    for g in grads_of_all_paths(x, torch.tensor([0, -100, 2])):
+        assert (g[1] == 0).all() and g.isfinite().all() and (g[0] != 0).all()
+
+
+@pytest.mark.parametrize('spread', ['all', 'others'])
+def test_masked_logits_true_class_masked_on_every_path(spread):
+    "A p - t on the classes that are left, 0 on the masked one"
+    x = torch.tensor([[-torch.inf, 1., 2.]])
+    by_hand, *others = grads_of_all_paths(x, torch.tensor([0]), eps=.3, spread=spread)
+    p = torch.tensor([1., 2.]).softmax(0)
+    torch.testing.assert_close(by_hand, torch.cat([torch.zeros(1), p-.15])[None])
+    for g in others: torch.testing.assert_close(g, by_hand)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 import functools, math, warnings
 from dataclasses import replace
+from numbers import Real
 import torch
 from torch import Tensor
 from .targets import Smoothing, effective_eps, soften
@@ -13,8 +14,8 @@ def check_eps(eps, top=1., num_classes=None, values=True):
     "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
     if isinstance(eps, Tensor) and eps.dim() == 0: eps = eps.item()
     if not isinstance(eps, Tensor):
-        try: eps = float(eps)
-        except (TypeError, ValueError): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}") from None
+        if isinstance(eps, bool) or not isinstance(eps, Real): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
+        eps = float(eps)
         if not 0 <= eps <= top: raise ValueError(f"eps must be in [0, {top:g}], got {eps}")
         return eps
     if top < 1: raise ValueError(f"one eps a class is for the softmax loss, the sigmoid one takes a number; got shape {tuple(eps.shape)}")
@@ -51,6 +52,7 @@ def check_factors(**factors):
     "Weights, of whatever shape, are finite and not negative."
     for name, v in factors.items():
         if v is None: continue
+        if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}; torch.tensor(...) makes one")
         bad = ~((v >= 0) & (v < math.inf))
         if bool(bad.any()): raise ValueError(f"{name} must be finite and not negative, got {v[bad].flatten()[0].item():g}")
 

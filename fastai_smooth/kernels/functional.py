@@ -38,19 +38,19 @@ def smooth_targets(
     """
     target = torch.as_tensor(target)
     if sigmoid: return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, spread, multi_hot)
-    index = None
+    index, values = None, not tracing(unwrapped('target', target))
     if is_index(target) and not multi_hot:
         if num_classes is None: raise ValueError("class indices need num_classes; for one-hot integers use target.float(), "
                                                  "for multi-hot ones multi_hot=True or sigmoid=True")
         index, axis = target.long(), target.dim()
-        check_indices(index, num_classes)
+        if values: check_indices(index, num_classes)
         target = one_hot(index, num_classes, axis, torch.get_default_dtype())
     else:
         if target.dtype == torch.bool and not multi_hot:
             raise TypeError("bool targets are multi-hot: pass multi_hot=True or sigmoid=True, or class indices as integers")
         target = _as_labels(target, num_classes)
         axis = target.dim() - 1
-    s = check_smoothing(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot), target.shape[axis])
+    s = check_smoothing(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot), target.shape[axis], values=values)
     if index is None: check_needs_no_index(s)
     return s.to(target, target.dtype).dense(target, axis, index)
 
@@ -116,7 +116,8 @@ def smooth_binary_cross_entropy_with_logits(
 def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axis, backend, checked=False):
     "`smooth_cross_entropy` of a `Smoothing`."
     head, _ = pick_backend(backend)
-    x, target, weight = logits(input), unwrapped(target), unwrapped(weight)
+    x, target = logits(input), unwrapped('target', target)
+    if weight is not None: weight = unwrapped('weight', weight)
     check_reduction(reduction)
     if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
     axis = class_axis(x, axis)
@@ -135,7 +136,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
 
 def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend, checked=False):
     _, head = pick_backend(backend)
-    x, target = logits(input), unwrapped(target)
+    x, target = logits(input), unwrapped('target', target)
     check_reduction(reduction)
     traced = tracing(x, target)
     values = not (checked or traced or x.device.type != 'cpu')
@@ -143,20 +144,19 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     check_labels(x, target)
     if prior is not None: check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=values)
     if values: check_factors(weight=weight, pos_weight=pos_weight)
-    spread = lambda name, v: None if v is None else expanded(name, unwrapped(v), x)
+    spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
     labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
     return head(x, labels, reduction, traced or needs_grad(target, prior, weight, pos_weight))
 
-def unwrapped(t):
+def unwrapped(name, t):
     "A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay."
-    if t is None or type(t) is Tensor: return t
-    if not isinstance(t, Tensor): raise TypeError(f"expected a tensor, got {type(t).__name__}")
+    if type(t) is Tensor: return t
+    if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}; torch.tensor(...) makes one")
     return t.as_subclass(Tensor) if type(t).__torch_dispatch__ == Tensor.__torch_dispatch__ else t
 
 def logits(input):
-    x = unwrapped(input)
-    if x is None or not x.is_floating_point():
-        raise TypeError(f"input must be floating point logits, got {None if x is None else x.dtype}")
+    x = unwrapped('input', input)
+    if not x.is_floating_point(): raise TypeError(f"input must be floating point logits, got {x.dtype}")
     return x
 
 def tracing(*tensors) -> bool:
@@ -190,6 +190,5 @@ def _(index, num_classes, ignore_index): return torch.empty_like(index)
 
 def expanded(name, v, x):
     "`v` broadcast to `x`, without a copy."
-    if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}")
     try: return v.to(x.device, softmax.accumulator(x)).expand(x.shape)
     except RuntimeError: raise ValueError(f"{name} must broadcast to input's shape {tuple(x.shape)}, got {tuple(v.shape)}") from None

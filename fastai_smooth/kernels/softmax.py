@@ -74,10 +74,12 @@ def masked_terms(z: Tensor, job: Job):
     lost = (~keep & (t != 0)).any(job.axis)
     total, t = t.sum(job.axis), t.masked_fill(~keep, 0)
     dot = (t * z.masked_fill(~keep, 0)).sum(job.axis)
-    return total, dot.masked_fill(lost, -math.inf), t
+    # subtracted, not filled in: the gradient of the other classes goes through dot
+    return total, dot - torch.zeros_like(dot).masked_fill(lost, math.inf), t
 
 def row_losses(x: Tensor, job: Job) -> Tensor:
     "The loss of each row of logits `x`, in ops that torch can differentiate and compile."
+    if job.ignored is not None: x = x.masked_fill(job.each(job.ignored), 0)  # whatever is there, it gets no gradient
     z = x - x.detach().amax(job.axis, keepdim=True)
     total, dot, _ = masked_terms(z, job)
     loss = total * z.exp().sum(job.axis).log() - dot
