@@ -741,3 +741,11 @@ def test_reloading_the_module_patches_once(put_back):
     close(train_loss(made, X, Y), ce(X, Y, label_smoothing=.2))
     f = fastai_smooth.learner.vision_learner
     assert pickle.loads(pickle.dumps(f)) is f
+
+
+def test_multi_label_prior_that_cannot_be_counted_fails_at_once():
+    "And leaves the Learner as it was"
+    learn = multi()
+    loss, cbs = learn.loss_func, list(learn.cbs)
+    with pytest.raises(TypeError, match='prior'): learn.to_smooth(prior='train')
+    assert learn.loss_func is loss and list(learn.cbs) == cbs

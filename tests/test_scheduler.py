@@ -264,3 +264,13 @@ def test_it_pickles(way):
     again.fit(1)
     assert again.loss_func.eps == .1
     close([float(e) for e in again.recorder.hps['eps']], expected(sched, 1))
+
+
+def test_a_schedule_out_of_range_on_fastais_own_loss():
+    "That loss checks nothing itself"
+    import fastai.losses as fl
+    from fastai.basics import DataLoader, DataLoaders, Learner, nn, torch
+    ds = list(zip(torch.randn(32, 4), torch.randint(0, 3, (32,))))
+    learn = Learner(DataLoaders(DataLoader(ds, bs=16), DataLoader(ds, bs=16)), nn.Linear(4, 3), loss_func=fl.LabelSmoothingCrossEntropyFlat(eps=.1))
+    with learn.no_logging(), pytest.raises(ValueError, match='2'): learn.fit(1, cbs=LabelSmoothingScheduler(lambda pct: 2.))
+    assert learn.loss_func.func.eps == .1

@@ -213,3 +213,8 @@ def test_inputs_never_modified():
         kept = [t.clone() for t in (target, eps, prior)]
         smooth_targets(target, 3, e, **options)
         assert all(torch.equal(a, b) and a._version == 0 for a, b in zip((target, eps, prior), kept))
+
+
+def test_meta_tensors_have_a_shape_and_no_values():
+    q = smooth_targets(torch.zeros(4, dtype=torch.long, device='meta'), 3)
+    assert q.shape == (4, 3) and q.device.type == 'meta'
