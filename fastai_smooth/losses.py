@@ -143,6 +143,8 @@ class _SmoothFlat(BaseLoss):
         targ:Tensor, # Targets; with `flatten` also of another shape with as many elements, such as (N,1)
         **kwargs
     ) -> Tensor: # A float32 scalar, or one value a target (1-d with `flatten`), in their order
+        # plain tensors first: reading a shape from a TensorBase takes longer than many an op
+        inp,targ = K.unwrapped('input', inp),K.unwrapped('target', targ)
         loss = self.func(inp, self._reshaped(inp, targ) if self.flatten else targ, **kwargs)
         return loss.flatten() if self.flatten and loss.dim() else loss
 

@@ -6,6 +6,7 @@ from fastai.basics import TensorBase, TensorCategory, TensorImage, TensorMultiCa
 from fastai.layers import NoneReduce
 from torch import nn, tensor
 
+from fastai_smooth.kernels import checks
 from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat)
 
@@ -297,6 +298,7 @@ def test_class_index_out_of_range():
 
 def test_weights_past_the_flip_warn_once():
     "K(1-eps)/eps + 1 = 3*.5/.5 + 1 = 4: a ratio of 5 flips the optimum's argmax, one of 3 does not"
+    checks._warn_flip.cache_clear()
     x, y = rand(4, 3), tensor([0, 1, 2, 0])
     with pytest.warns(UserWarning):
         LabelSmoothingCrossEntropyFlat(.5, weight=tensor([1., 1., 5.], dtype=x.dtype))(x, y)
@@ -668,7 +670,6 @@ def test_eps_that_is_no_number(eps):
 
 
 def test_flip_is_warned_of_when_eps_is_set_later():
-    from fastai_smooth.kernels import checks
     checks._warn_flip.cache_clear()
     loss = LabelSmoothingCrossEntropyFlat(.01, weight=tensor([1., 50, 1]))
     with pytest.warns(UserWarning, match='outweigh'): loss.eps = .9

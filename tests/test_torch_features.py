@@ -633,13 +633,22 @@ def test_backend_torch():
 @pytest.mark.parametrize('changed', ['target', 'weight', 'prior'])
 def test_changed_in_place_before_backward(changed):
     "As in PyTorch: an error, not the gradient of another loss"
-    x, y = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3).softmax(1)
-    kwargs = dict(weight=torch.rand(3)+.5) if changed == 'weight' else dict(prior=torch.rand(3).softmax(0))
-    for f, args in ((smooth_cross_entropy, {}), (smooth_bce, dict(reduction='sum'))):
-        loss = f(x, y, **kwargs, **args)
+    for f, shape in ((smooth_cross_entropy, (4, 3)), (smooth_bce, (4000, 3))):
+        x, y = torch.randn(shape, requires_grad=True), torch.rand(shape).softmax(1)
+        kwargs = dict(weight=torch.rand(3)+.5) if changed == 'weight' else dict(prior=torch.rand(3).softmax(0))
+        loss = f(x, y, **kwargs)
         (y if changed == 'target' else kwargs[changed]).mul_(2)
         with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
-        (y if changed == 'target' else kwargs[changed]).div_(2)
+
+
+@pytest.mark.parametrize('changed', ['target', 'prior'])
+def test_changed_in_place_few_logits(changed):
+    "The smoothed labels of few logits are kept, not the labels: the gradient is that of the loss that was computed"
+    x, y, prior = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3), torch.rand(3)
+    expected, = torch.autograd.grad(smooth_bce(x, y, prior=prior), x)
+    loss = smooth_bce(x, y, prior=prior)
+    (y if changed == 'target' else prior).mul_(2)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
 
 
 def grads_of_all_paths(x, y, **kwargs):

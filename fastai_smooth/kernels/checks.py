@@ -14,7 +14,7 @@ def check_eps(eps, top=1., num_classes=None, values=True):
     "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
     if isinstance(eps, Tensor) and eps.dim() == 0: eps = eps.item()
     if not isinstance(eps, Tensor):
-        if isinstance(eps, bool) or not isinstance(eps, Real): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
+        if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
         eps = float(eps)
         if not 0 <= eps <= top: raise ValueError(f"eps must be in [0, {top:g}], got {eps}")
         return eps
@@ -122,6 +122,7 @@ def class_axis(x, axis):
 def check_targets(x, target, axis, multi_hot) -> bool:
     "Are `target` class indices, rather than labels shaped like `x`? Raises where they are neither."
     rows, dense = x.shape[:axis] + x.shape[axis+1:], multi_hot or target.is_floating_point()
+    if not dense and target.dtype == torch.int64 and target.shape == rows != x.shape: return True
     if dense and target.shape != x.shape:
         raise ValueError(f"{'multi-hot' if multi_hot else 'floating point'} targets must be shaped like input, {tuple(x.shape)}, got "
                          f"{tuple(target.shape)}" + ("; class indices are integers: target.long()" if target.shape == rows else ""))

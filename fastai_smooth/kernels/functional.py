@@ -5,6 +5,7 @@ from torch import Tensor
 from . import sigmoid, softmax
 from .checks import (check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
                      check_reduction, check_smoothing, check_targets, class_axis, is_index)
+from .formula import Job, accumulator
 from .targets import Smoothing, one_hot, sigmoid_q
 
 __all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits']
@@ -123,8 +124,8 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     axis = class_axis(x, axis)
     k, traced = x.shape[axis], tracing(x, target)
     if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
-    s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu')).to(x, softmax.accumulator(x))
-    if weight is not None: weight = weight.to(x.device, softmax.accumulator(x))
+    s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu')).to(x, accumulator(x))
+    if weight is not None: weight = weight.to(x.device, accumulator(x))
     index = check_targets(x, target, axis, s.multi_hot)
     if index: target, ignored, invalid = class_indices(target, k, ignore_index, traced)
     else:
@@ -132,20 +133,21 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
         if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
         ignored = invalid = None
     plain = traced or needs_grad(target, weight, s.prior, s.eps)
-    return head(x, softmax.Job(target, index, s, axis, weight, ignored, invalid), reduction, plain)
+    return head(x, Job(target, index, s, axis, weight, ignored, invalid), reduction, plain)
 
 def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend, checked=False):
     _, head = pick_backend(backend)
     x, target = logits(input), unwrapped('target', target)
     check_reduction(reduction)
-    traced = tracing(x, target)
-    values = not (checked or traced or x.device.type != 'cpu')
-    eps = check_eps(eps, .5)
     check_labels(x, target)
-    if prior is not None: check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=values)
-    if values: check_factors(weight=weight, pos_weight=pos_weight)
-    spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
-    labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
+    eps, traced = check_eps(eps, .5), tracing(x, target)
+    if prior is weight is pos_weight is None: labels = sigmoid.Labels(target, eps)
+    else:
+        if not (checked or traced or x.device.type != 'cpu'): check_factors(weight=weight, pos_weight=pos_weight)
+        if prior is not None:
+            check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=not (checked or traced or x.device.type != 'cpu'))
+        spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
+        labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
     return head(x, labels, reduction, traced or needs_grad(target, prior, weight, pos_weight))
 
 def unwrapped(name, t):
@@ -161,23 +163,31 @@ def logits(input):
 
 def tracing(*tensors) -> bool:
     "Can values not be read here: under torch.compile, torch.func, or for tensors with no values?"
-    return (torch.compiler.is_compiling() or softmax.transforming()
-            or any(type(t) is not Tensor or t.device.type == 'meta' for t in tensors))
+    if torch.compiler.is_compiling() or softmax.transforming(): return True
+    for t in tensors:
+        if type(t) is not Tensor or t.is_meta: return True
+    return False
 
 def needs_grad(*others) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(o, Tensor) and o.requires_grad for o in others)
+    if torch.is_grad_enabled():
+        for o in others:
+            if isinstance(o, Tensor) and o.requires_grad: return True
+    return False
 
 def class_indices(target, k, ignore_index, traced):
     "Indices that are safe to gather with, and where they are ignored and where invalid (None: nowhere)."
     index = target.long()
     if torch.compiler.is_compiling(): index = checked_indices(index, k, ignore_index)
+    if not traced and index.is_cpu and index.numel():
+        lo, hi = index.aminmax()
+        lo, hi = lo.item(), hi.item()
+        if 0 <= lo and hi < k and not lo <= ignore_index <= hi: return index, None, None  # the usual case, in one op
     ignored = index == ignore_index
     if traced or index.device.type != 'cpu':
         invalid = ((index < 0) | (index >= k)) & ~ignored
         return index.masked_fill(ignored | invalid, 0), ignored, invalid
-    if not bool(ignored.any()): ignored = None
     check_indices(index, k, ignored)
-    return index if ignored is None else index.masked_fill(ignored, 0), ignored, None
+    return (index.masked_fill(ignored, 0), ignored, None) if bool(ignored.any()) else (index, None, None)
 
 @torch.library.custom_op('fastai_smooth::checked_indices', mutates_args=())
 def checked_indices(index: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -190,5 +200,5 @@ def _(index, num_classes, ignore_index): return torch.empty_like(index)
 
 def expanded(name, v, x):
     "`v` broadcast to `x`, without a copy."
-    try: return v.to(x.device, softmax.accumulator(x)).expand(x.shape)
+    try: return v.to(x.device, accumulator(x)).expand(x.shape)
     except RuntimeError: raise ValueError(f"{name} must broadcast to input's shape {tuple(x.shape)}, got {tuple(v.shape)}") from None

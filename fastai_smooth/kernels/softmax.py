@@ -1,224 +1,290 @@
-"""The softmax head in plain torch ops, with a hand-written gradient.
+"""The softmax head in plain torch ops: one exp a logit, one tensor of their size.
 
-With t = w * q and A = sum_k t_k, for each row of logits x:
-
-    loss = A * lse(x) - sum_k t_k x_k          d loss / d x = A * softmax(x) - t
-
-`plain_loss` is that formula in differentiable ops, for torch.compile, torch.func, double backward and targets that need
-a gradient. `SoftmaxLoss` is the same by chunks: one exp per logit, and one tensor of the logits' size, which the backward
-turns into the gradient in place."""
+That tensor is the gradient, made by chunks while their logits are in the cache, in the forward: the backward only scales it,
+where it must. The formula and its derivation are in `formula.py`."""
 from __future__ import annotations
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import repeat
+from typing import NamedTuple
 import torch
 from torch import Tensor
-from .chunks import chunks
-from .targets import Smoothing, along, effective_eps, one_hot
+from .chunks import WHOLE, chunks, part
+from .formula import Job, accumulator, masked_terms, plain_loss
+from .targets import along, effective_eps
 
-@dataclass(frozen=True)
-class Job:
-    "What the loss is computed against: all but the logits, checked and on their device."
-    target: Tensor                 # [rows] class indices (int64, in range), or labels shaped like the logits
-    is_index: bool                 # Which of the two
-    smoothing: Smoothing
-    axis: int                      # Of the classes in the logits
-    weight: Tensor | None = None   # [K]
-    ignored: Tensor | None = None  # [rows], True where a row counts for nothing; None when there is no such row
-    invalid: Tensor | None = None  # [rows], True where an index was out of range and could not be reported: nan
+FEW = 2**16    # logits, up to which fewer ops weigh more than a second exp for each
+CHUNK_MB = 2   # of logits, and as much of their gradient: still in the cache from one op to the next
+BLOCK_MB = 64  # of logits, whose rows are dealt with together
 
-    def tensors(self):
-        "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
-        return [v for v in (self.target, self.weight, self.smoothing.prior, self.smoothing.eps) if isinstance(v, Tensor)]
-
-    def rows_index(self, at): return tuple(s for d, s in enumerate(at) if d != self.axis)
-
-    def rows(self, v, at):
-        "The part of `v`, None or a number or a value a row, that belongs to the chunk `at` of the logits."
-        return v[self.rows_index(at)] if isinstance(v, Tensor) and v.dim() else v
-
-    def each(self, v):
-        "`v`, a number or a value a row, shaped to broadcast over the classes."
-        return v.unsqueeze(self.axis) if isinstance(v, Tensor) and v.dim() else v
-
-    def at(self, at) -> Job:
-        "The job of the chunk `at`."
-        return replace(self, target=self.rows(self.target, at) if self.is_index else self.target[at],
-                       ignored=self.rows(self.ignored, at), invalid=self.rows(self.invalid, at))
-
-    def t(self, z: Tensor, keep: Tensor):
-        "w * q, dense, for logits of the shape and dtype of `z`, of which only those in `keep` are not masked."
-        index = self.target if self.is_index else None
-        y = one_hot(index, z.shape[self.axis], self.axis, z.dtype) if self.is_index else self.target.to(z.dtype)
-        t = self.smoothing.dense(y, self.axis, index, keep)
-        if self.weight is not None: t = t * along(self.weight, self.axis, z.dim())
-        return t if self.invalid is None else t.masked_fill(self.invalid.unsqueeze(self.axis), math.nan)
-
-    def denominator(self, x: Tensor):
-        "What the mean is over: the rows' weights where targets are class indices, else the rows; 1 when there is none."
-        rows = x.numel() // x.shape[self.axis]
-        if rows == 0 or not self.is_index: return max(1, rows)
-        if self.weight is None: return rows if self.ignored is None else (rows - self.ignored.sum()).clamp(min=1)
-        w = self.weight[self.target]
-        total = w.sum() if self.ignored is None else w.masked_fill(self.ignored, 0).sum()
-        total = total / (total != 0)  # labels whose weights are all 0: nan, as in PyTorch
-        return total if self.ignored is None else torch.where(self.ignored.all(), 1, total)
-
-def accumulator(x: Tensor) -> torch.dtype: return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-def masked_terms(z: Tensor, job: Job):
-    """A, sum_k t_k z_k and t, for logits less their row's maximum.
-
-    Masked classes (-inf) get no smoothing and count 0 * -inf = 0, unless the target itself wants them: then inf."""
-    keep = z != -math.inf
-    t = job.t(z, keep)
-    lost = (~keep & (t != 0)).any(job.axis)
-    total, t = t.sum(job.axis), t.masked_fill(~keep, 0)
-    dot = (t * z.masked_fill(~keep, 0)).sum(job.axis)
-    # subtracted, not filled in: the gradient of the other classes goes through dot
-    return total, dot - torch.zeros_like(dot).masked_fill(lost, math.inf), t
-
-def row_losses(x: Tensor, job: Job) -> Tensor:
-    "The loss of each row of logits `x`, in ops that torch can differentiate and compile."
-    if job.ignored is not None: x = x.masked_fill(job.each(job.ignored), 0)  # whatever is there, it gets no gradient
-    z = x - x.detach().amax(job.axis, keepdim=True)
-    total, dot, _ = masked_terms(z, job)
-    loss = total * z.exp().sum(job.axis).log() - dot
-    return loss if job.ignored is None else loss.masked_fill(job.ignored, 0)
-
-def plain_loss(x: Tensor, job: Job, reduction: str) -> Tensor:
-    "The loss, accumulated in float32 (float64 for float64), in differentiable ops."
-    x = x.to(accumulator(x))
-    return reduced(row_losses(x, job), x, job, reduction)
-
-def reduced(loss: Tensor, x: Tensor, job: Job, reduction: str) -> Tensor:
-    if reduction == 'none': return loss
-    return loss.sum() if reduction == 'sum' else loss.sum() / job.denominator(x)
-
-@dataclass(frozen=True)
-class IndexTerms:
+class IndexTerms(NamedTuple):
     """t for class indices where no class is masked, never made dense: t = a * onehot(y) + e * c with c = w * u.
 
-    `a`, `e` and `total` are numbers or a value a row; `c` is a number or a value a class."""
-    job: Job
+    `y` has a class axis of size 1; so have `a`, `e` and `total`, where they are not numbers. `c` is a number, or a value a
+    class along that axis, and `mass` is its sum. An ignored row has a = e = total = 0."""
+    axis: int
+    y: Tensor
     a: float | Tensor
     e: float | Tensor
     c: float | Tensor
+    mass: float | Tensor
     total: float | Tensor
 
     @classmethod
-    def of(cls, job: Job, num_classes: int):
-        s, y, w = job.smoothing, job.target, job.weight
-        e = effective_eps(s.eps[y] if isinstance(s.eps, Tensor) else s.eps, s.spread, 1, num_classes)
-        c = 1 / num_classes if s.prior is None else s.prior
-        a = (1 - e) if w is None else (1 - e) * w[y]
-        if w is not None: c = c * w
-        return cls(job, a, e, c, a + e * (c.sum() if isinstance(c, Tensor) else 1.))
+    def of(cls, x: Tensor, job: Job):
+        s, axis, size, w, y = job.smoothing, job.axis, x.shape[job.axis], job.weight, job.target.unsqueeze(job.axis)
+        e = effective_eps(s.eps[y] if isinstance(s.eps, Tensor) else s.eps, s.spread, 1, size)
+        a, c, mass = 1 - e, 1 / size if s.prior is None else s.prior, 1.
+        if w is not None: a, c = a * w[y], c * w
+        if isinstance(c, Tensor): c, mass = along(c, axis, x.dim()), c.sum()
+        if job.ignored is not None:
+            keep = (~job.ignored).unsqueeze(axis).to(accumulator(x))
+            a, e = a * keep, e * keep
+        return cls(axis, y, a, e, c, mass, a + e * mass)
 
-    def at(self, at) -> IndexTerms:
-        rows = lambda v: self.job.rows(v, at)
-        return replace(self, job=self.job.at(at), a=rows(self.a), e=rows(self.e), total=rows(self.total))
+    def each(self, cut) -> IndexTerms:
+        "The same of a part of the rows, which `cut` takes from a tensor and leaves a number as it is."
+        return self._replace(y=cut(self.y), a=cut(self.a), e=cut(self.e), total=cut(self.total))
 
-    def loss(self, z, lse):
-        axis = self.job.axis
-        dot = self.a * z.gather(axis, self.job.target.unsqueeze(axis)).squeeze(axis)
-        if isinstance(self.e, Tensor) or self.e > 0:
-            # no matrix product for a vector c: autocast would do it in half precision
-            shared = (z * along(self.c, axis, z.dim())).sum(axis) if isinstance(self.c, Tensor) else z.sum(axis) * self.c
-            dot = dot + self.e * shared
-        return self.total * lse - dot
+    def numbers(self): return not any(isinstance(v, Tensor) for v in (self.a, self.e, self.c))
 
-    def grad_(self, p, scale, x):
-        each, axis, y = self.job.each, self.job.axis, self.job.target
-        c = along(self.c, axis, p.dim()) if isinstance(self.c, Tensor) else self.c
-        p.mul_(each(self.total * scale)).sub_(each(self.e * scale) * c)
-        return p.scatter_add_(axis, y.unsqueeze(axis), (-self.a * scale).expand(y.shape).unsqueeze(axis))
+    def smooths(self): return isinstance(self.e, Tensor) or self.e > 0
 
-@dataclass(frozen=True)
-class DenseTerms:
-    "t made dense, a chunk at a time: for soft, multi-hot and class-conditional targets, and where logits are masked."
-    job: Job
+    def shared(self, x: Tensor, out: Tensor | None = None):
+        "sum_k c_k x_k of each row, but for the c where that is a number"
+        if isinstance(self.c, Tensor): x = x * self.c  # no matrix product: autocast would do it in half precision
+        return torch.sum(x, self.axis, keepdim=True, out=out)
 
-    def at(self, at) -> DenseTerms: return DenseTerms(self.job.at(at))
+    def with_c(self, shared): return shared if isinstance(self.c, Tensor) else self.c * shared
 
-    def loss(self, z, lse):
-        total, dot, _ = masked_terms(z, self.job)
-        return total * lse - dot
+    def loss(self, log_p, x_y=None, shared=None):
+        "The loss of a row by the log softmax and the logit of its class, and `shared`. With lse = x_y - log p_y."
+        if x_y is None: return -self.total * log_p
+        return self.e * (self.mass * x_y - self.with_c(shared)) - self.total * log_p
 
-    def grad_(self, p, scale, x):
-        t = self.job.t(p, x != -math.inf)
-        p.mul_(self.job.each(t.sum(self.job.axis) * scale))
-        return p.sub_(t.masked_fill_(x == -math.inf, 0).mul_(self.job.each(scale)))
+    def exact(self, loss, log_p, x_y=None, shared=None):
+        "False where p_y was too small, where the smooth part is the difference of two much larger terms, or a class is masked."
+        if not log_p.min().item() >= least_log(log_p.dtype): return False  # nan, too
+        return x_y is None or bool((self.e * (x_y.abs() + self.with_c(shared).abs()) - 4 * (self.total + loss) <= 0).all())  # nor for inf - inf
 
-def exponentials(x, axis):
-    "x less its row's maximum, exp of that, and its sum: the softmax is exp / sum, and lse is the maximum + log sum."
-    z = x - x.amax(axis, keepdim=True)
-    exp = z.exp()
-    return z, exp, exp.sum(axis, keepdim=True)
+    def grad_terms(self, like: Tensor, scale):
+        "k, b and own of the gradient times `scale` (a number, or one a row): it is k * softmax + b + own * onehot(y)."
+        b, own = self.e * -scale * self.c, self.a * -scale
+        if not isinstance(b, Tensor): b = torch.scalar_tensor(b, dtype=like.dtype)
+        return self.total * scale, b, own.expand(self.y.shape) if isinstance(own, Tensor) else own
 
-def terms_of(job: Job, x: Tensor):
-    "How to compute t for this job. Only on the CPU is it free to see, from the loss, that no class was masked."
-    s = job.smoothing
-    sparse = job.is_index and x.device.type == 'cpu' and (s.prior is None or s.prior.dim() == 1)
-    return IndexTerms.of(job, x.shape[job.axis]) if sparse else DenseTerms(job)
+    def grad_(self, p: Tensor, scale):
+        "Turns the softmax `p` into the gradient times `scale`."
+        k, b, own = self.grad_terms(p, scale)
+        to_grad_(p, k, b)
+        add_own_(p, self.axis, self.y, own)
 
-def forward_rows(x: Tensor, job: Job, probs: Tensor | None = None):
-    "The loss of each row, by chunks, with the terms used for each chunk; fills `probs` with the softmax if given."
-    axis, acc, terms, used = job.axis, accumulator(x), terms_of(job, x), []
-    loss = torch.empty(x.shape[:axis] + x.shape[axis+1:], dtype=acc, device=x.device)
+    def one_exp(self, x: Tensor, p: Tensor, scale):
+        """log p_y of each row and, if it smooths, x_y and `shared`. Fills `p` with the softmax, or its gradient times `scale`, if any.
+
+        What touches all logits goes by pieces of CHUNK_MB; what is left to do with rows is little, and done at once."""
+        axis, smooths, n = self.axis, self.smooths(), len(x) if self.axis else 1  # axis 0: there is nothing but classes to cut
+        stats = torch.empty((3 if smooths else 1, *self.y.shape), dtype=x.dtype)
+        size = min(n, (CHUNK_MB << 18) * len(x) // x.numel() or 1)
+        at_once = x.dim() == 2  # rows are picked from all pieces in one op; of (N, K, inner) while a piece is in the cache
+        def cut(v): return repeat(v) if not isinstance(v, Tensor) or not v.dim() or len(v) != n else (v,) if size == n else v.split(size)
+        all_stats = stats.unbind() if smooths else (stats[0], None, None)
+        terms = (None,) * 3 if scale is None else self.grad_terms(x, scale)
+        for x_, p_, y, p_y, x_y, shared, *terms_ in zip(*map(cut, (x, p, self.y, *all_stats, *terms))):
+            torch.softmax(x_, axis, out=p_)
+            torch.gather(p_, axis, y, out=p_y)
+            if smooths: self.shared(x_, shared)
+            if smooths and not at_once: torch.gather(x_, axis, y, out=x_y)
+            if scale is not None: to_grad_(p_, *terms_[:2])
+            if scale is not None and not at_once: add_own_(p_, axis, y, terms_[2])
+        if smooths and at_once: torch.gather(x, axis, self.y, out=stats[1])
+        if scale is not None and at_once: add_own_(p, axis, self.y, terms[2])
+        stats[0].log_()
+        return stats
+
+    def two_exps(self, x: Tensor, p: Tensor):
+        "The loss of each row, -sum_k t_k log p_k. Exact whatever the logits are, if none is -inf. Fills `p` with the softmax."
+        log_p = torch.log_softmax(x, self.axis, out=p)
+        loss = self.a * -log_p.gather(self.axis, self.y)
+        if self.smooths(): loss -= self.e * self.with_c(self.shared(log_p))
+        log_p.exp_()
+        return loss
+
+def to_grad_(p: Tensor, k, b):
+    "Turns the softmax `p` into k * p + b, in one pass where k is a number."
+    if isinstance(k, Tensor): p.mul_(k).add_(b)
+    else: torch.add(b, p, alpha=k, out=p)
+
+def add_own_(p: Tensor, axis, y, own):
+    "Adds own * onehot(y) to `p`."
+    if isinstance(own, Tensor): p.scatter_add_(axis, y, own)
+    else: p.scatter_(axis, y, own, reduce='add')
+
+def least_log(dtype):
+    "The least log p_y that is exact: below it, the dtype holds only some of p_y's digits."
+    return math.log(torch.finfo(dtype).tiny)
+
+def blocks(x: Tensor, axis: int, out: Tensor | None):
+    """Indices of blocks of `x`; and for each, logits in the accumulator's dtype and room for as many: in `out` where that is
+    of the same dtype and as contiguous, so that all goes on in place."""
+    acc = accumulator(x)
+    in_place = out is not None and out.dtype == acc and x.is_contiguous()
+    for at in chunks(x, axis, BLOCK_MB if in_place else 1, outer=in_place):
+        z = part(x, at).to(acc)
+        p = part(out, at) if in_place else torch.empty(z.shape, dtype=acc)
+        yield at, z, p
+        if out is not None and not in_place: out[at] = p
+
+def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
+    """The sum of the rows' losses times `scale`, and in `out` its gradient, for terms that are numbers: in the fewest ops.
+
+    None where `index_loss` has to look closer."""
+    y, loss = terms.y, 0.
+    if x.numel() <= FEW and x.dtype == accumulator(x):
+        log_p = torch.log_softmax(x, terms.axis, out=out)
+        loss = -terms.a * log_p.gather(terms.axis, y).sum().item()
+        if terms.smooths(): loss -= terms.e * terms.c * log_p.sum().item()
+        if out is not None: terms.grad_(log_p.exp_(), scale)
+    else:
+        for at, z, p in blocks(x, terms.axis, out):
+            here = terms if at is WHOLE else terms.each(lambda v: part(v, at))
+            stats = here.one_exp(z, p, None if out is None else scale).flatten(1)
+            (least, *low), (_, *high) = (v.tolist() for v in stats.aminmax(dim=1))
+            if not least >= least_log(z.dtype): return None  # nan, too
+            if low and not terms.e * max(-low[0], high[0], -terms.c * low[1], terms.c * high[1]) <= 2: return None
+            loss += here.loss(*stats.sum(1).tolist())
+    return torch.scalar_tensor(loss * scale, dtype=accumulator(x)) if loss < math.inf else None
+
+def index_loss(x: Tensor, job: Job, terms: IndexTerms, scale=None, out: Tensor | None = None):
+    "`loss_rows` with t = a * onehot(y) + e * c; where classes are masked, with t made dense."
+    loss, axis = values_of_rows(x, job.axis), job.axis
+    for at, z, p in blocks(x, axis, out):
+        cut = lambda v: part(v, at)
+        here, s = terms.each(cut), cut(scale)
+        stats = here.one_exp(z, p, s)
+        rows = here.loss(*stats)
+        if not here.exact(rows, *stats):
+            rows = careful_loss(z, job.at(at), here, s, p).unsqueeze(axis)
+        loss.unsqueeze(axis)[at] = rows
+    return loss
+
+def careful_loss(x: Tensor, job: Job, terms: IndexTerms, scale, p: Tensor):
+    "The same for logits whose losses were not exact; `p` gets their gradient, if there is a `scale`."
+    loss, axis = values_of_rows(x, job.axis), job.axis
     for at in chunks(x, axis):
-        here = terms.at(at)
-        z, exp, total = exponentials(x[at].to(acc), axis)
-        lse = total.log().squeeze(axis)
-        rows = here.loss(z, lse)
-        if isinstance(here, IndexTerms) and not bool(rows.isfinite().all()):
-            here = DenseTerms(here.job)   # a masked class, or a true infinity or nan: the general formula tells
-            rows = here.loss(z, lse)
-        loss[job.rows_index(at)] = rows
-        if probs is not None: torch.div(exp, total, out=probs[at])
-        used.append((at, here))
-    return (loss if job.ignored is None else loss.masked_fill_(job.ignored, 0)), used
+        cut = lambda v: part(v, at)
+        here, x_, p_, s = terms.each(cut), cut(x), cut(p), cut(scale)
+        rows = here.two_exps(x_, p_)
+        if not rows.max().item() < math.inf: rows = dense_loss(x_, job.at(at), s, p_).unsqueeze(axis)  # nan, too
+        elif s is not None: here.grad_(p_, s)
+        loss.unsqueeze(axis)[at] = rows
+    return loss
+
+def dense_loss(x: Tensor, job: Job, scale=None, out: Tensor | None = None):
+    "`loss_rows` with t made dense, a chunk at a time: for soft, multi-hot and class-conditional targets, and masked logits."
+    loss, axis = values_of_rows(x, job.axis), job.axis
+    for at in chunks(x, axis):
+        here, z = job.at(at), part(x, at).to(loss.dtype)
+        total, dot, t = masked_terms(z - z.amax(axis, keepdim=True), here)
+        p = torch.softmax(z, axis)
+        rows = (total * -p.amax(axis).log() - dot).unsqueeze(axis)  # the lse of x - max x is -log max p
+        gone = None if here.ignored is None else here.ignored.unsqueeze(axis)
+        loss.unsqueeze(axis)[at] = rows if gone is None else rows.masked_fill(gone, 0)
+        if scale is None: continue
+        grad = p.mul_(total.unsqueeze(axis)).sub_(t).mul_(part(scale, at))
+        out[at] = grad if gone is None else grad.masked_fill_(gone, 0)
+    return loss
+
+def values_of_rows(x: Tensor, axis: int):
+    "Room for a value a row."
+    return torch.empty(x.shape[:axis] + x.shape[axis+1:], dtype=accumulator(x), device=x.device)
+
+def loss_rows(x: Tensor, job: Job, scale=None, out: Tensor | None = None) -> Tensor:
+    "The loss of each row; `out`, if given, gets their gradient times `scale` (a number, or one a row with a class axis of size 1)."
+    if not x.numel(): return values_of_rows(x, job.axis)
+    return index_loss(x, job, IndexTerms.of(x, job), scale, out) if job.sparse(x) else dense_loss(x, job, scale, out)
+
+def loss_and_grad(x: Tensor, job: Job, reduction: str, denominator, out: Tensor | None = None):
+    "The reduced loss; `out`, if given, gets its gradient, or with reduction='none' that of their sum."
+    scale = 1 / denominator
+    if reduction != 'none' and x.numel() and job.sparse(x):
+        terms = IndexTerms.of(x, job)
+        loss = summed_loss(x, terms, scale, out) if terms.numbers() else None
+        if loss is not None: return loss
+    loss = loss_rows(x, job, None if out is None else scale, out)
+    return loss if reduction == 'none' else loss.sum() * scale
 
 class SoftmaxLoss(torch.autograd.Function):
-    """The loss with its gradient by hand. The first backward turns the kept probabilities into the gradient in place;
-    a later one (retain_graph), and half precision, where float32 ones would outweigh the logits, take them anew."""
+    """The loss with its gradient by hand, which the forward makes and the first backward hands over.
+
+    A later backward (retain_graph) makes it anew. So does the only one in half precision, where the gradient of a mean would
+    underflow before it met a loss scale: it is scaled in float32 and rounded once."""
 
     @staticmethod
-    def forward(ctx, x, job, reduction):
-        ctx.probs = torch.empty_like(x) if x.dtype == accumulator(x) else None
-        loss, ctx.used = forward_rows(x, job, ctx.probs)
+    def forward(ctx, x, job, reduction, denominator):
         ctx.save_for_backward(x, *job.tensors())
-        ctx.job, ctx.reduction, ctx.denominator = job, reduction, job.denominator(x) if reduction == 'mean' else 1
-        return loss if reduction == 'none' else loss.sum() / ctx.denominator
+        grad = torch.empty_like(x) if x.dtype == accumulator(x) else None
+        ctx.rest = job, reduction, denominator
+        ctx.grad = grad
+        return loss_and_grad(x, job, reduction, denominator, grad)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
+        job, reduction, denominator = ctx.rest
+        grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or transforming():
-            with torch.enable_grad(): loss = plain_loss(x, ctx.job, ctx.reduction)
-            return torch.autograd.grad(loss, x, grad, create_graph=torch.is_grad_enabled())[0], None, None
-        probs, ctx.probs = ctx.probs, None
-        return gradient(x, ctx.job, ctx.used, grad / ctx.denominator, probs), None, None
+            with torch.enable_grad(): loss = plain_loss(x, job, reduction)
+            return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None, None
+        if grad_output.dim(): grad_output = grad_output.unsqueeze(job.axis)
+        def make(scale, out):
+            if grad_output.dim() or x.dtype != accumulator(x): loss_rows(x, job, scale, out)
+            else: loss_and_grad(x, job, reduction, denominator, out)
+        return scaled_grad(x, grad, grad_output, 1 / denominator, make), None, None, None
 
-def gradient(x, job, used, scale, probs=None):
-    "d loss / d x for row losses scaled by `scale` (a number or one a row), written into `probs` if given."
-    out, acc = torch.empty_like(x) if probs is None else probs, accumulator(x)
-    for at, terms in used:
-        part = x[at]
-        if probs is None:
-            _, exp, total = exponentials(part.to(acc), job.axis)
-            p = exp.div_(total)
-        else: p = probs[at]
-        terms.grad_(p, job.rows(scale, at), part)
-        if job.ignored is not None: p.masked_fill_(job.each(job.rows(job.ignored, at)), 0)
-        if probs is None: out[at] = p
-    return out
+def scaled_grad(x, grad, grad_output, scale, make):
+    """`grad`, which has been made for `scale`, times `grad_output`; where it is None, `make(scale, out)` makes it.
+
+    In half precision all scaling is done before it is rounded. On the CPU it is free to see that there is none to do."""
+    late, by = x.dtype != accumulator(x), grad_output.item() if x.is_cpu and not grad_output.dim() else grad_output
+    if grad is None:
+        grad = torch.empty_like(x)
+        make(by * scale if late else scale, grad)
+    return grad if late or not isinstance(by, Tensor) and by == 1 else grad.mul_(by)
 
 def transforming() -> bool:
     "Is a torch.func transform (grad, vmap, ...) or forward-mode AD at work? Then only plain ops are understood."
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
+def as_it_lies(x: Tensor, axis: int):
+    """The order of axes in which the logits lie in memory (NHWC for channels_last), and their shape as (N, K) or (N, K, inner)
+    in that order. None where no order makes them contiguous."""
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d)) if not x.is_contiguous() else [*range(x.dim())]
+    if not x.permute(order).is_contiguous(): return None
+    at, sizes = order.index(axis), [x.shape[d] for d in order]
+    outer, inner = math.prod(sizes[:at]), math.prod(sizes[at+1:])
+    return order, (outer, x.shape[axis]) if inner == 1 else (outer, x.shape[axis], inner)
+
 def softmax_loss(x: Tensor, job: Job, reduction: str, plain: bool) -> Tensor:
     "The loss of logits `x`; `plain` where something else than `x` needs a gradient, or torch is tracing."
     if plain: return plain_loss(x, job, reduction)
-    if x.requires_grad and torch.is_grad_enabled(): return SoftmaxLoss.apply(x, job, reduction)
-    return reduced(forward_rows(x, job)[0], x, job, reduction)
+    if not (x.dim() == 2 and job.axis == 1 and x.is_contiguous()):
+        seen = as_it_lies(x, job.axis)
+        if seen is not None: return seen_as(*seen, x, job, reduction)
+    return contiguous_loss(x, job, reduction)
+
+def seen_as(order, shape, x, job, reduction):
+    "The loss of `x.permute(order).view(shape)`, with its rows back in the order of those of `x`."
+    rows = [d - (d > job.axis) for d in order if d != job.axis]
+    turned = job.turned(lambda v: v.permute(rows).reshape(shape[:1] + shape[2:]))
+    if not job.is_index: turned = replace(turned, target=job.target.permute(order).reshape(shape))
+    loss = contiguous_loss(x.permute(order).view(shape), replace(turned, axis=1), reduction)
+    if reduction != 'none': return loss
+    sizes = [x.shape[d] for d in order if d != job.axis]
+    return loss.view(sizes).permute([rows.index(d) for d in range(len(rows))])
+
+def contiguous_loss(x, job, reduction):
+    denominator = job.denominator(x) if reduction == 'mean' else 1
+    if x.is_cpu: denominator = float(denominator)
+    if x.requires_grad and torch.is_grad_enabled(): return SoftmaxLoss.apply(x, job, reduction, denominator)
+    return loss_and_grad(x, job, reduction, denominator)

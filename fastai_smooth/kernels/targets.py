@@ -79,3 +79,7 @@ def one_hot(index: Tensor, num_classes: int, axis: int, dtype: torch.dtype) -> T
 def sigmoid_q(y, eps, prior=None):
     "q for 0/1 or soft labels `y`; `prior` broadcasts along the last axis."
     return soften(y, 2 * eps, .5 if prior is None else prior)
+
+def sigmoid_q_of(y: Tensor, eps: float, dtype: torch.dtype):
+    "`sigmoid_q` of labels of any dtype, in one op for integers: (1 - 2e) y + e."
+    return torch.add(torch.scalar_tensor(eps, dtype=dtype), y.to(dtype) if y.is_floating_point() else y, alpha=1 - 2 * eps)
