@@ -16,6 +16,7 @@ with warnings.catch_warnings(): # of fastai's own use of torch.jit.script: a com
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from .bench import OneLineParser,bench
 from .images import *
 from .learner import *
 
@@ -188,19 +189,17 @@ _lr    = _within(float, lambda x: 0 < x < math.inf, 'a number above 0')
 _procs = _within(int, lambda x: x >= 0, 'a whole number of 0 or more')
 
 # %% ../nbs/06_compare.ipynb #857be8aa
-class _Parser(argparse.ArgumentParser):
-    "argparse's own error prints the usage too"
-    def error(self, message): self.exit(2, f'fastai_smooth: {" ".join(message.split())} (--help lists what there is)\n')
-
 SIZES = dict(digits=24, fashion=32) # side in pixels where --size isn't given; photos take 128
 
 def compare_parser():
     "What `fastai_smooth compare` takes."
-    p = _Parser(prog='fastai_smooth', usage='fastai_smooth [compare] [options]', allow_abbrev=False,
+    p = OneLineParser(prog='fastai_smooth', usage='fastai_smooth [compare] [options]', allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, description='''\
 Does label smoothing help on my images? Trains a vision_learner at each eps, several times with
 seeds that all eps share, and prints accuracy, NLL and overconfidence, and what changes from eps 0.''',
         epilog='''\
+fastai_smooth bench measures how fast the losses are here; see fastai_smooth bench --help.
+
 examples:
   fastai_smooth                                           digits, with and without smoothing
   fastai_smooth --noise 0.2 --eps 0 0.1 0.3               the same with wrong labels, three eps
@@ -310,7 +309,7 @@ def compare(
     return 0
 
 # %% ../nbs/06_compare.ipynb #8128c4eb
-COMMANDS = dict(compare=compare)
+COMMANDS = dict(compare=compare, bench=bench)
 
 def main(
     argv:list=None, # command line without the program's name; None takes this process's
