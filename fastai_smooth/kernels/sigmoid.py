@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from .chunks import WHOLE, chunks, part
 from .formula import accumulator
-from .softmax import scaled_grad, transforming
+from .softmax import early, scaled_grad, transforming
 from .targets import sigmoid_q, sigmoid_q_of
 
 FEW = 2**14  # logits, up to which torch's own op is quicker, for all of its log1p
@@ -93,9 +93,9 @@ def loss_and_grad(x: Tensor, labels: Labels, reduction: str, scale=1., out: Tens
     in_place = out is not None and out.dtype == acc and out.is_contiguous()
     for at in chunks(x):
         here, z = labels.at(at), part(x, at).to(acc)
-        q, p = here.q(acc), None
-        if each is None or out is not None: p = torch.sigmoid(z, out=part(out, at) if in_place else None)
-        total = summed_loss(z, q, p) if each is None and here.plain() else None
+        q, p, quick = here.q(acc), None, each is None and labels.plain()
+        if quick or out is not None: p = torch.sigmoid(z, out=part(out, at) if in_place else None)
+        total = summed_loss(z, q, p) if quick else None
         if total is None or x.is_cpu and not total.item() < math.inf:  # nan, too
             loss = here.loss(z, q, log_sigmoid(z))
             total = loss.sum() if each is None else None
@@ -113,8 +113,7 @@ class SigmoidLoss(torch.autograd.Function):
     def forward(ctx, x, labels, reduction):
         ctx.save_for_backward(x, *labels.tensors())
         ctx.labels, ctx.reduction, ctx.scale = labels, reduction, 1 / max(1, x.numel()) if reduction == 'mean' else 1
-        grad = torch.empty_like(x) if x.dtype == accumulator(x) else None
-        ctx.grad = grad
+        ctx.grad = grad = torch.empty_like(x) if early(x) else None
         return loss_and_grad(x, labels, reduction, ctx.scale, grad)
 
     @staticmethod

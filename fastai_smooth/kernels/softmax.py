@@ -13,7 +13,8 @@ from .chunks import WHOLE, chunks, part
 from .formula import Job, accumulator, masked_terms, plain_loss
 from .targets import along, effective_eps
 
-FEW = 2**16    # logits, up to which fewer ops weigh more than a second exp for each
+FEW = 2**14    # logits, up to which fewer ops weigh more than a second exp for each
+SOME = 2**19   # and up to which they fit the cache as they are
 CHUNK_MB = 2   # of logits, and as much of their gradient: still in the cache from one op to the next
 BLOCK_MB = 64  # of logits, whose rows are dealt with together
 
@@ -126,26 +127,44 @@ def least_log(dtype):
 
 def blocks(x: Tensor, axis: int, out: Tensor | None):
     """Indices of blocks of `x`; and for each, logits in the accumulator's dtype and room for as many: in `out` where that is
-    of the same dtype and as contiguous, so that all goes on in place."""
+    of the same dtype and as contiguous, so that all goes on in place. The room for one is that for the next."""
     acc = accumulator(x)
     in_place = out is not None and out.dtype == acc and x.is_contiguous()
+    def room(t, shape): return t if t is not None and t.shape == shape else torch.empty(shape, dtype=acc)
+    z = p = None
     for at in chunks(x, axis, BLOCK_MB if in_place else 1, outer=in_place):
-        z = part(x, at).to(acc)
-        p = part(out, at) if in_place else torch.empty(z.shape, dtype=acc)
+        x_ = part(x, at)
+        z = x_ if x.dtype == acc else room(z, x_.shape).copy_(x_)
+        p = part(out, at) if in_place else room(p, x_.shape)
         yield at, z, p
         if out is not None and not in_place: out[at] = p
+
+def few_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
+    "`summed_loss` of few logits: another exp for each takes less than the ops that it saves."
+    log_p = torch.log_softmax(x, terms.axis, out=out)
+    loss = -terms.a * log_p.gather(terms.axis, terms.y).sum().item()
+    if terms.smooths(): loss -= terms.e * terms.c * log_p.sum().item()
+    if out is not None: terms.grad_(log_p.exp_(), scale)
+    return loss if loss < math.inf else None  # nan, too
+
+def some_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
+    "`summed_loss` of logits that fit the cache: sums over all of them need nothing a row but p_y and x_y."
+    p = torch.softmax(x, terms.axis, out=out)
+    log_p, x_y = p.gather(terms.axis, terms.y).log_(), x.gather(terms.axis, terms.y)
+    lo, hi = x.aminmax()
+    if not log_p.min().item() >= least_log(p.dtype) or not terms.e * max(-lo.item(), hi.item()) <= 2: return None
+    if out is not None: terms.grad_(p, scale)
+    return terms.loss(log_p.sum().item(), x_y.sum().item(), x.sum().item()) if terms.smooths() else terms.loss(log_p.sum().item())
 
 def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
     """The sum of the rows' losses times `scale`, and in `out` its gradient, for terms that are numbers: in the fewest ops.
 
     None where `index_loss` has to look closer."""
-    y, loss = terms.y, 0.
-    if x.numel() <= FEW and x.dtype == accumulator(x):
-        log_p = torch.log_softmax(x, terms.axis, out=out)
-        loss = -terms.a * log_p.gather(terms.axis, y).sum().item()
-        if terms.smooths(): loss -= terms.e * terms.c * log_p.sum().item()
-        if out is not None: terms.grad_(log_p.exp_(), scale)
+    native = x.dtype == accumulator(x)
+    if native and x.numel() <= FEW: loss = few_loss(x, terms, scale, out)
+    elif native and x.numel() <= SOME: loss = some_loss(x, terms, scale, out)
     else:
+        loss = 0.
         for at, z, p in blocks(x, terms.axis, out):
             here = terms if at is WHOLE else terms.each(lambda v: part(v, at))
             stats = here.one_exp(z, p, None if out is None else scale).flatten(1)
@@ -153,7 +172,13 @@ def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
             if not least >= least_log(z.dtype): return None  # nan, too
             if low and not terms.e * max(-low[0], high[0], -terms.c * low[1], terms.c * high[1]) <= 2: return None
             loss += here.loss(*stats.sum(1).tolist())
-    return torch.scalar_tensor(loss * scale, dtype=accumulator(x)) if loss < math.inf else None
+    return None if loss is None else torch.scalar_tensor(loss * scale, dtype=accumulator(x))
+
+def softmax_grad(x: Tensor, terms: IndexTerms, scale: float, out: Tensor):
+    "The gradient alone, where the loss was found to need no closer look."
+    for at, z, p in blocks(x, terms.axis, out):
+        torch.softmax(z, terms.axis, out=p)
+        terms.each(lambda v: part(v, at)).grad_(p, scale)
 
 def index_loss(x: Tensor, job: Job, terms: IndexTerms, scale=None, out: Tensor | None = None):
     "`loss_rows` with t = a * onehot(y) + e * c; where classes are masked, with t made dense."
@@ -205,48 +230,53 @@ def loss_rows(x: Tensor, job: Job, scale=None, out: Tensor | None = None) -> Ten
     return index_loss(x, job, IndexTerms.of(x, job), scale, out) if job.sparse(x) else dense_loss(x, job, scale, out)
 
 def loss_and_grad(x: Tensor, job: Job, reduction: str, denominator, out: Tensor | None = None):
-    "The reduced loss; `out`, if given, gets its gradient, or with reduction='none' that of their sum."
+    """The reduced loss, and the terms if these alone gave it. `out`, if given, gets its gradient, or with reduction='none' that
+    of their sum."""
     scale = 1 / denominator
     if reduction != 'none' and x.numel() and job.sparse(x):
         terms = IndexTerms.of(x, job)
         loss = summed_loss(x, terms, scale, out) if terms.numbers() else None
-        if loss is not None: return loss
+        if loss is not None: return loss, terms
     loss = loss_rows(x, job, None if out is None else scale, out)
-    return loss if reduction == 'none' else loss.sum() * scale
+    return loss if reduction == 'none' else loss.sum() * scale, None
+
+def early(x: Tensor):
+    "Can the gradient be made before its scale is known? Not in float16, where that of a mean would underflow before."
+    return x.dtype != torch.float16
 
 class SoftmaxLoss(torch.autograd.Function):
     """The loss with its gradient by hand, which the forward makes and the first backward hands over.
 
-    A later backward (retain_graph) makes it anew. So does the only one in half precision, where the gradient of a mean would
-    underflow before it met a loss scale: it is scaled in float32 and rounded once."""
+    A later backward (retain_graph) makes it anew. So does the only one in float16: there it is scaled before it is rounded."""
 
     @staticmethod
     def forward(ctx, x, job, reduction, denominator):
         ctx.save_for_backward(x, *job.tensors())
-        grad = torch.empty_like(x) if x.dtype == accumulator(x) else None
-        ctx.rest = job, reduction, denominator
-        ctx.grad = grad
-        return loss_and_grad(x, job, reduction, denominator, grad)
+        ctx.grad = grad = torch.empty_like(x) if early(x) else None
+        loss, terms = loss_and_grad(x, job, reduction, denominator, grad)
+        ctx.rest = job, reduction, denominator, terms
+        return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
-        job, reduction, denominator = ctx.rest
+        job, reduction, denominator, terms = ctx.rest
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or transforming():
             with torch.enable_grad(): loss = plain_loss(x, job, reduction)
             return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None, None
         if grad_output.dim(): grad_output = grad_output.unsqueeze(job.axis)
         def make(scale, out):
-            if grad_output.dim() or x.dtype != accumulator(x): loss_rows(x, job, scale, out)
-            else: loss_and_grad(x, job, reduction, denominator, out)
+            if early(x): loss_and_grad(x, job, reduction, denominator, out)
+            elif terms is not None: softmax_grad(x, terms, scale, out)
+            else: loss_rows(x, job, scale, out)
         return scaled_grad(x, grad, grad_output, 1 / denominator, make), None, None, None
 
 def scaled_grad(x, grad, grad_output, scale, make):
     """`grad`, which has been made for `scale`, times `grad_output`; where it is None, `make(scale, out)` makes it.
 
-    In half precision all scaling is done before it is rounded. On the CPU it is free to see that there is none to do."""
-    late, by = x.dtype != accumulator(x), grad_output.item() if x.is_cpu and not grad_output.dim() else grad_output
+    In float16 all scaling is done before it is rounded. On the CPU it is free to see that there is none to do."""
+    late, by = not early(x), grad_output.item() if x.is_cpu and not grad_output.dim() else grad_output
     if grad is None:
         grad = torch.empty_like(x)
         make(by * scale if late else scale, grad)
@@ -287,4 +317,4 @@ def contiguous_loss(x, job, reduction):
     denominator = job.denominator(x) if reduction == 'mean' else 1
     if x.is_cpu: denominator = float(denominator)
     if x.requires_grad and torch.is_grad_enabled(): return SoftmaxLoss.apply(x, job, reduction, denominator)
-    return loss_and_grad(x, job, reduction, denominator)
+    return loss_and_grad(x, job, reduction, denominator)[0]
