@@ -14,7 +14,7 @@ from .formula import Job, accumulator, masked_terms, plain_loss
 from .targets import along, effective_eps
 
 FEW = 2**14    # logits, up to which fewer ops weigh more than a second exp for each
-SOME = 2**19   # and up to which they fit the cache as they are
+SOME = 2**19   # and up to which they fit the cache as they are; half of it where the softmax is not to be the gradient
 CHUNK_MB = 2   # of logits, and as much of their gradient: still in the cache from one op to the next
 BLOCK_MB = 64  # of logits, whose rows are dealt with together
 
@@ -162,7 +162,7 @@ def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
     None where `index_loss` has to look closer."""
     native = x.dtype == accumulator(x)
     if native and x.numel() <= FEW: loss = few_loss(x, terms, scale, out)
-    elif native and x.numel() <= SOME: loss = some_loss(x, terms, scale, out)
+    elif native and x.numel() <= (SOME if out is not None else SOME // 2): loss = some_loss(x, terms, scale, out)
     else:
         loss = 0.
         for at, z, p in blocks(x, terms.axis, out):
