@@ -292,7 +292,7 @@ def big_case(kind, option='index', dtype=torch.float32):
     if kind == 'transposed': x = x.T.contiguous().T
     if kind == 'sliced': x = torch.randn(shape[0], 2 * K).to(dtype)[:, ::2]
     y, options = torch.randint(0, K, (shape[0], *shape[2:])), {}
-    if option == 'ignored': y[torch.rand(y.shape) < .3] = -100
+    if 'ignored' in option: y[torch.rand(y.shape) < .3] = -100
     if option == 'soft': y = torch.rand(shape)
     if 'multi-hot' in option: y, options = torch.rand(shape) < 2 / K, dict(multi_hot=True)
     if 'others' in option: options['spread'] = 'others'
@@ -305,7 +305,7 @@ def big_case(kind, option='index', dtype=torch.float32):
     return x, y, options
 
 
-BIG = ([('wide', o) for o in ('index', 'ignored', 'soft', 'multi-hot', 'multi-hot, others', 'weight', 'weight, prior',
+BIG = ([('wide', o) for o in ('index', 'ignored', 'soft', 'multi-hot', 'multi-hot, others', 'weight', 'prior', 'weight, prior', 'weight, ignored',
                               'per-class eps', 'masked', 'soft, weight')] +
        [('tall', o) for o in ('index', 'matrix', 'soft')] +
        [('image', o) for o in ('index', 'weight', 'soft', 'multi-hot', 'masked', 'ignored')] +

@@ -37,7 +37,7 @@ class IndexTerms(NamedTuple):
         e = effective_eps(s.eps[y] if isinstance(s.eps, Tensor) else s.eps, s.spread, 1, size)
         a, c, mass = 1 - e, 1 / size if s.prior is None else s.prior, 1.
         if w is not None: a, c = a * w[y], c * w
-        if isinstance(c, Tensor): c, mass = along(c, axis, x.dim()), c.sum()
+        if isinstance(c, Tensor): c, mass = along(c, axis, x.dim()), c.sum().item()
         if job.ignored is not None:
             keep = (~job.ignored).unsqueeze(axis).to(accumulator(x))
             a, e = a * keep, e * keep
@@ -68,16 +68,15 @@ class IndexTerms(NamedTuple):
         if not log_p.min().item() >= least_log(log_p.dtype): return False  # nan, too
         return x_y is None or bool((self.e * (x_y.abs() + self.with_c(shared).abs()) - 4 * (self.total + loss) <= 0).all())  # nor for inf - inf
 
-    def grad_terms(self, like: Tensor, scale):
-        "k, b and own of the gradient times `scale` (a number, or one a row): it is k * softmax + b + own * onehot(y)."
-        b, own = self.e * -scale * self.c, self.a * -scale
-        if not isinstance(b, Tensor): b = torch.scalar_tensor(b, dtype=like.dtype)
-        return self.total * scale, b, own.expand(self.y.shape) if isinstance(own, Tensor) else own
+    def grad_terms(self, scale):
+        "k, e and own of the gradient times `scale` (a number, or one a row): it is k * softmax + e * c + own * onehot(y)."
+        own = self.a * -scale
+        return self.total * scale, self.e * -scale, own.expand(self.y.shape) if isinstance(own, Tensor) else own
 
     def grad_(self, p: Tensor, scale):
         "Turns the softmax `p` into the gradient times `scale`."
-        k, b, own = self.grad_terms(p, scale)
-        to_grad_(p, k, b)
+        k, e, own = self.grad_terms(scale)
+        to_grad_(p, k, e, self.c)
         add_own_(p, self.axis, self.y, own)
 
     def one_exp(self, x: Tensor, p: Tensor, scale):
@@ -85,18 +84,18 @@ class IndexTerms(NamedTuple):
 
         What touches all logits goes by pieces of CHUNK_MB; what is left to do with rows is little, and done at once."""
         axis, smooths, n = self.axis, self.smooths(), len(x) if self.axis else 1  # axis 0: there is nothing but classes to cut
-        stats = torch.empty((3 if smooths else 1, *self.y.shape), dtype=x.dtype)
+        stats = x.new_empty((3 if smooths else 1, *self.y.shape))
         size = min(n, (CHUNK_MB << 18) * len(x) // x.numel() or 1)
         at_once = x.dim() == 2  # rows are picked from all pieces in one op; of (N, K, inner) while a piece is in the cache
         def cut(v): return repeat(v) if not isinstance(v, Tensor) or not v.dim() or len(v) != n else (v,) if size == n else v.split(size)
         all_stats = stats.unbind() if smooths else (stats[0], None, None)
-        terms = (None,) * 3 if scale is None else self.grad_terms(x, scale)
+        terms = (None,) * 3 if scale is None else self.grad_terms(scale)
         for x_, p_, y, p_y, x_y, shared, *terms_ in zip(*map(cut, (x, p, self.y, *all_stats, *terms))):
-            torch.softmax(x_, axis, out=p_)
+            softmax(x_, axis, p_)
             torch.gather(p_, axis, y, out=p_y)
             if smooths: self.shared(x_, shared)
             if smooths and not at_once: torch.gather(x_, axis, y, out=x_y)
-            if scale is not None: to_grad_(p_, *terms_[:2])
+            if scale is not None: to_grad_(p_, *terms_[:2], self.c)
             if scale is not None and not at_once: add_own_(p_, axis, y, terms_[2])
         if smooths and at_once: torch.gather(x, axis, self.y, out=stats[1])
         if scale is not None and at_once: add_own_(p, axis, self.y, terms[2])
@@ -111,10 +110,17 @@ class IndexTerms(NamedTuple):
         log_p.exp_()
         return loss
 
-def to_grad_(p: Tensor, k, b):
-    "Turns the softmax `p` into k * p + b, in one pass where k is a number."
+def softmax(x: Tensor, axis: int, out: Tensor | None = None):
+    "torch's; but where classes are not next to each other it adds exponentials up one by one, which loses digits if there are many."
+    if axis == x.dim() - 1 or x.shape[axis] <= 4096: return torch.softmax(x, axis, out=out)
+    p = torch.sub(x, x.amax(axis, keepdim=True), out=out).exp_()
+    return p.div_(p.sum(axis, keepdim=True))
+
+def to_grad_(p: Tensor, k, e, c):
+    "Turns the softmax `p` into k * p + e * c, in one pass where k is a number."
+    b = e * c
     if isinstance(k, Tensor): p.mul_(k).add_(b)
-    else: torch.add(b, p, alpha=k, out=p)
+    else: torch.add(b if isinstance(b, Tensor) else torch.scalar_tensor(b, dtype=p.dtype, device=p.device), p, alpha=k, out=p)
 
 def add_own_(p: Tensor, axis, y, own):
     "Adds own * onehot(y) to `p`."
@@ -130,7 +136,7 @@ def blocks(x: Tensor, axis: int, out: Tensor | None):
     of the same dtype and as contiguous, so that all goes on in place. The room for one is that for the next."""
     acc = accumulator(x)
     in_place = out is not None and out.dtype == acc and x.is_contiguous()
-    def room(t, shape): return t if t is not None and t.shape == shape else torch.empty(shape, dtype=acc)
+    def room(t, shape): return t if t is not None and t.shape == shape else x.new_empty(shape, dtype=acc)
     z = p = None
     for at in chunks(x, axis, BLOCK_MB if in_place else 1, outer=in_place):
         x_ = part(x, at)
@@ -149,12 +155,16 @@ def few_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
 
 def some_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
     "`summed_loss` of logits that fit the cache: sums over all of them need nothing a row but p_y and x_y."
-    p = torch.softmax(x, terms.axis, out=out)
+    p = softmax(x, terms.axis, out)
     log_p, x_y = p.gather(terms.axis, terms.y).log_(), x.gather(terms.axis, terms.y)
-    lo, hi = x.aminmax()
-    if not log_p.min().item() >= least_log(p.dtype) or not terms.e * max(-lo.item(), hi.item()) <= 2: return None
+    if not log_p.min().item() >= least_log(p.dtype): return None  # nan, too
+    if terms.smooths() and not terms.e * largest(x) <= 2: return None
     if out is not None: terms.grad_(p, scale)
     return terms.loss(log_p.sum().item(), x_y.sum().item(), x.sum().item()) if terms.smooths() else terms.loss(log_p.sum().item())
+
+def largest(x: Tensor):
+    lo, hi = x.aminmax()
+    return max(-lo.item(), hi.item())
 
 def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
     """The sum of the rows' losses times `scale`, and in `out` its gradient, for terms that are numbers: in the fewest ops.
@@ -172,12 +182,12 @@ def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
             if not least >= least_log(z.dtype): return None  # nan, too
             if low and not terms.e * max(-low[0], high[0], -terms.c * low[1], terms.c * high[1]) <= 2: return None
             loss += here.loss(*stats.sum(1).tolist())
-    return None if loss is None else torch.scalar_tensor(loss * scale, dtype=accumulator(x))
+    return None if loss is None else torch.scalar_tensor(loss * scale, dtype=accumulator(x), device=x.device)
 
 def softmax_grad(x: Tensor, terms: IndexTerms, scale: float, out: Tensor):
     "The gradient alone, where the loss was found to need no closer look."
     for at, z, p in blocks(x, terms.axis, out):
-        torch.softmax(z, terms.axis, out=p)
+        softmax(z, terms.axis, p)
         terms.each(lambda v: part(v, at)).grad_(p, scale)
 
 def index_loss(x: Tensor, job: Job, terms: IndexTerms, scale=None, out: Tensor | None = None):
@@ -211,7 +221,7 @@ def dense_loss(x: Tensor, job: Job, scale=None, out: Tensor | None = None):
     for at in chunks(x, axis):
         here, z = job.at(at), part(x, at).to(loss.dtype)
         total, dot, t = masked_terms(z - z.amax(axis, keepdim=True), here)
-        p = torch.softmax(z, axis)
+        p = softmax(z, axis)
         rows = (total * -p.amax(axis).log() - dot).unsqueeze(axis)  # the lse of x - max x is -log max p
         gone = None if here.ignored is None else here.ignored.unsqueeze(axis)
         loss.unsqueeze(axis)[at] = rows if gone is None else rows.masked_fill(gone, 0)

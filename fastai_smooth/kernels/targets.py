@@ -82,4 +82,4 @@ def sigmoid_q(y, eps, prior=None):
 
 def sigmoid_q_of(y: Tensor, eps: float, dtype: torch.dtype):
     "`sigmoid_q` of labels of any dtype, in one op for integers: (1 - 2e) y + e."
-    return torch.add(torch.scalar_tensor(eps, dtype=dtype), y.to(dtype) if y.is_floating_point() else y, alpha=1 - 2 * eps)
+    return torch.add(torch.scalar_tensor(eps, dtype=dtype, device=y.device), y.to(dtype) if y.is_floating_point() else y, alpha=1 - 2 * eps)
