@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SHAPES', 'HALF', 'QUICK', 'EPS', 'SIGMOID_EPS', 'SCALE', 'TOLERANCE', 'PAIRS', 'COLUMNS', 'Case', 'make_input',
            'contenders', 'truth', 'error', 'timed', 'in_rounds', 'quartiles', 'ratio', 'peak_memory',
-           'forward_backward', 'steps', 'host_times', 'measure', 'table', 'learner_steps', 'step_table', 'growth',
+           'forward_backward', 'steps', 'back_to_back', 'measure', 'table', 'learner_steps', 'step_table', 'growth',
            'OneLineParser', 'machine', 'fits', 'bench_parser', 'cases_of', 'run', 'bench', 'summary']
 
 # %% ../nbs/07_bench.ipynb #59429fc5
 import argparse, gc, importlib.util, json, os, platform, random, re, statistics, sys, time, warnings
 from datetime import date
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler, which measures memory, would chat on stderr
@@ -223,11 +223,14 @@ def steps(case, device, compiled=True):
         else: out[name] = f'wrong by {e:.2g}' if isinstance(e, float) else e
     return x,res,out
 
-@lru_cache
-def host_times(head, dtype, compiled):
-    "Seconds that each contender takes on the CPU for 64 x 10 logits, back to back."
-    _,fs,_ = steps(Case(head, (64,10), dtype), 'cpu', compiled)
-    return {name: quartiles([t for t,_ in in_rounds({name:step}, .2)[name]])[0] for name,(step,_) in fs.items()}
+def back_to_back(fs, seconds, calls=50):
+    "Times as of `in_rounds`, but that a turn is that many calls of one, of which the mean counts."
+    def turn(step):
+        def f():
+            for _ in range(calls): step()
+        return f
+    times = in_rounds({k:turn(step) for k,(step,_) in fs.items()}, seconds)
+    return {k: [(t/calls, h/calls) for t,h in ts] for k,ts in times.items()}
 
 # %% ../nbs/07_bench.ipynb #09706709
 PAIRS = {'fastai Flat': 'ours Flat'} # who is compared to whom; the others to ours
@@ -239,19 +242,20 @@ def measure(
     compiled:bool=True, # torch.compile the peers too?
 ):
     """One dict a contender, ready for JSON: `ms` (median, quartiles), `vs_ours` (how many times as long as ours; Flat beside
-    Flat), `of_copy` (time of a copy of the logits over its own), `memory` and `memory_no_grad` (in units of the logits), `host_us`."""
+    Flat), `of_copy` (time of a copy of the logits over its own), `memory` and `memory_no_grad` (in units of the logits), `host_us` and `host_vs_ours`."""
     torch._dynamo.reset()
     x,fs,out = steps(case, device, compiled)
     buffer,source = torch.empty_like(x.detach()),x.detach()
     times = in_rounds({**{k:step for k,(step,_) in fs.items()}, 'copy': lambda: buffer.copy_(source)}, seconds, device)
-    host = host_times(case.head, case.dtype, compiled) if device == 'cpu' else {k: quartiles([h for _,h in times[k]])[0] for k in fs}
+    host = {k: [(h,h) for _,h in times[k]] for k in fs} if device == 'cuda' else back_to_back(fs, seconds) if x.numel() <= 2048 else {}
     rows = []
     for name,ts in times.items():
         row = dict(case=str(case), name=name, rounds=len(ts), ms=[1000*o for o in quartiles([t for t,_ in ts])])
         if name != 'copy':
             step,forward = fs[name]
             row |= dict(vs_ours=ratio(ts, times[PAIRS.get(name, 'ours')]), of_copy=ratio(times['copy'], ts)[0],
-                        memory=peak_memory(step, device, x)/source.nbytes, host_us=1e6*host[name] if name in host else None)
+                        memory=peak_memory(step, device, x)/source.nbytes)
+            if host: row |= dict(host_us=1e6*quartiles([h for h,_ in host[name]])[0], host_vs_ours=ratio(host[name], host[PAIRS.get(name, 'ours')]))
             x.grad = None
             with torch.no_grad(): row['memory_no_grad'] = peak_memory(forward, device)/source.nbytes
         rows.append(row)
@@ -383,7 +387,7 @@ columns:
   of copy    time of copying the logits, which reads and writes as much as any loss must, over its own
   memory     the most that is allocated in forward and backward, in units of the logits: the gradient alone is 1
   no grad    the same of a forward under no_grad
-  host us    on a GPU, until the call returns; on a CPU, the time of 64 x 10 logits back to back
+  host us    on a GPU, until the call returns; on a CPU, for few logits, a call among fifty back to back
 
 On Linux, MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 in the environment keeps freed memory,
 as caching allocators do; without, getting fresh pages weighs most for large tensors.''')
@@ -465,8 +469,8 @@ def summary(
     form = '{:<18}' + '{:>16}'*len(columns) + '{:>10}'
     lines = [form.format('logits', *columns, 'memory')]
     for c in cases: lines.append(form.format(c.split()[0], *(cell(c, names) for names in columns.values()), f"{runs[0][c,'ours']['memory']:.2f}"))
-    flats = [[run.get((cases[0],k), {}).get('host_us') for k in ('fastai Flat', 'ours Flat')] for run in runs]
-    if all(map(all, flats)): lines.append(f"\nHost time of a Flat loss, 64x10, fastai's / ours: {' / '.join(f'{f/o:.2f}' for f,o in flats)}")
+    host = [run[cases[0],'fastai Flat']['host_vs_ours'][0] for run in runs if 'host_vs_ours' in run.get((cases[0],'fastai Flat'), {})]
+    if host: lines.append(f"\nHost time of a Flat loss, {cases[0].split()[0]}, fastai's / ours: {' / '.join(f'{h:.2f}' for h in host)}")
     for name,what in (('fastai Flat', "with fastai's loss / ours"), ('multi-label, callback', 'multi-label with the callback / without')):
         vs = [run['step',name]['vs_ours'][0] for run in runs if ('step',name) in run]
         if vs: lines.append(f"A training step, {what}: " + ' / '.join(f'{v:.3f}' for v in vs))
