@@ -470,7 +470,8 @@ def summary(
     lines = [form.format('logits', *columns, 'memory')]
     for c in cases: lines.append(form.format(c.split()[0], *(cell(c, names) for names in columns.values()), f"{runs[0][c,'ours']['memory']:.2f}"))
     host = [run[cases[0],'fastai Flat']['host_vs_ours'][0] for run in runs if 'host_vs_ours' in run.get((cases[0],'fastai Flat'), {})]
-    if host: lines.append(f"\nHost time of a Flat loss, {cases[0].split()[0]}, fastai's / ours: {' / '.join(f'{h:.2f}' for h in host)}")
+    lines.append('')
+    if host: lines.append(f"Host time of a Flat loss, {cases[0].split()[0]}, fastai's / ours: {' / '.join(f'{h:.2f}' for h in host)}")
     for name,what in (('fastai Flat', "with fastai's loss / ours"), ('multi-label, callback', 'multi-label with the callback / without')):
         vs = [run['step',name]['vs_ours'][0] for run in runs if ('step',name) in run]
         if vs: lines.append(f"A training step, {what}: " + ' / '.join(f'{v:.3f}' for v in vs))
