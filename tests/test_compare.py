@@ -292,7 +292,9 @@ def test_archs_of_torchvision_and_fastai(arch):
 def command(out, *args, **kwargs):
     cmd = [sys.executable, '-m', 'fastai_smooth', *map(str, args), '--out', str(out)]
     return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8',
-                            env={**os.environ, 'PYTHONIOENCODING': 'utf-8', 'OMP_NUM_THREADS': '1'}, **kwargs)
+                            env={**os.environ, 'PYTHONIOENCODING': 'utf-8', 'OMP_NUM_THREADS': '1'},
+                            # a job in the background has Ctrl-C ignored, and so would its children
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **kwargs)
 
 def test_from_end_to_end(photos, tmp_path, capsys):
     "Through the shell, then again in this process: the same results to the bit"
@@ -315,7 +317,8 @@ def test_ctrl_c_on_the_real_thing(photos, tmp_path):
     csv = tmp_path/'o'/'results.csv'
     while not csv.exists() and p.poll() is None: time.sleep(.1)
     p.send_signal(signal.SIGINT)
-    out,err = p.communicate(timeout=300)
+    try: out,err = p.communicate(timeout=120)
+    finally: p.kill()
     assert p.returncode == 130 and 'Traceback' not in err
     assert re.search(r'interrupted, [1-9]\d* of 10000 runs are finished\n$', err)
     assert len(pd.read_csv(csv)) >= 1 and table(pd.read_csv(csv)).to_string(index=False) in out
