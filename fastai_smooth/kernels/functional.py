@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from . import sigmoid, softmax
+from .backward import transforming
 from .checks import (check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
                      check_reduction, check_smoothing, check_targets, class_axis, is_index)
 from .formula import Job, accumulator
@@ -163,7 +164,7 @@ def logits(input):
 
 def tracing(*tensors) -> bool:
     "Can values not be read here: under torch.compile, torch.func, or for tensors with no values?"
-    if torch.compiler.is_compiling() or softmax.transforming(): return True
+    if torch.compiler.is_compiling() or transforming(): return True
     for t in tensors:
         if type(t) is not Tensor or t.is_meta: return True
     return False

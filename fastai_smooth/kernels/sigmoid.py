@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from .backward import early, scaled_grad, transforming
 from .chunks import WHOLE, chunks, part
 from .formula import accumulator
-from .softmax import early, scaled_grad, transforming
 from .targets import sigmoid_q, sigmoid_q_of
 
 FEW = 2**14  # logits, up to which torch's own op is quicker, for all of its log1p
-PLAIN_EPS = .01  # from where on the loss is large enough for logs of products
+SUMS_EPS = .01  # from where on the loss is large enough for logs of products
 
 @dataclass(frozen=True)
 class Labels:
@@ -54,7 +54,9 @@ class Labels:
         grad = p.sub_(q) if self.pos_weight is None else (1 + (self.pos_weight - 1) * q) * p - self.pos_weight * q
         return grad if self.weight is None else grad * self.weight
 
-    def plain(self): return self.eps >= PLAIN_EPS and self.prior is self.weight is self.pos_weight is None
+    def sums_do(self):
+        "May the losses be summed by `summed_loss`?"
+        return self.eps >= SUMS_EPS and self.prior is self.weight is self.pos_weight is None
 
 def log_sigmoid(x: Tensor):
     """log sigmoid(x) = min(x, 0) + log(1 - s), s = sigmoid(-|x|): as exact as `F.logsigmoid`, whose log1p is the slowest op of all.
@@ -93,7 +95,7 @@ def loss_and_grad(x: Tensor, labels: Labels, reduction: str, scale=1., out: Tens
     in_place = out is not None and out.dtype == acc and out.is_contiguous()
     for at in chunks(x):
         here, z = labels.at(at), part(x, at).to(acc)
-        q, p, quick = here.q(acc), None, each is None and labels.plain()
+        q, p, quick = here.q(acc), None, each is None and labels.sums_do()
         if quick or out is not None: p = torch.sigmoid(z, out=part(out, at) if in_place else None)
         total = summed_loss(z, q, p) if quick else None
         if total is None or x.is_cpu and not total.item() < math.inf:  # nan, too

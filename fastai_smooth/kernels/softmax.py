@@ -9,6 +9,7 @@ from itertools import repeat
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from .backward import early, scaled_grad, transforming
 from .chunks import WHOLE, chunks, part
 from .formula import Job, accumulator, masked_terms, plain_loss
 from .targets import along, effective_eps
@@ -250,10 +251,6 @@ def loss_and_grad(x: Tensor, job: Job, reduction: str, denominator, out: Tensor 
     loss = loss_rows(x, job, None if out is None else scale, out)
     return loss if reduction == 'none' else loss.sum() * scale, None
 
-def early(x: Tensor):
-    "Can the gradient be made before its scale is known? Not in float16, where that of a mean would underflow before."
-    return x.dtype != torch.float16
-
 class SoftmaxLoss(torch.autograd.Function):
     """The loss with its gradient by hand, which the forward makes and the first backward hands over.
 
@@ -281,20 +278,6 @@ class SoftmaxLoss(torch.autograd.Function):
             elif terms is not None: softmax_grad(x, terms, scale, out)
             else: loss_rows(x, job, scale, out)
         return scaled_grad(x, grad, grad_output, 1 / denominator, make), None, None, None
-
-def scaled_grad(x, grad, grad_output, scale, make):
-    """`grad`, which has been made for `scale`, times `grad_output`; where it is None, `make(scale, out)` makes it.
-
-    In float16 all scaling is done before it is rounded. On the CPU it is free to see that there is none to do."""
-    late, by = not early(x), grad_output.item() if x.is_cpu and not grad_output.dim() else grad_output
-    if grad is None:
-        grad = torch.empty_like(x)
-        make(by * scale if late else scale, grad)
-    return grad if late or not isinstance(by, Tensor) and by == 1 else grad.mul_(by)
-
-def transforming() -> bool:
-    "Is a torch.func transform (grad, vmap, ...) or forward-mode AD at work? Then only plain ops are understood."
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 def as_it_lies(x: Tensor, axis: int):
     """The order of axes in which the logits lie in memory (NHWC for channels_last), and their shape as (N, K) or (N, K, inner)
