@@ -20,7 +20,7 @@ class _Smooth(nn.Module):
     def __init__(self, reduction, backend, **buffers):
         super().__init__()
         K.check_reduction(reduction)
-        K.pick_backend(backend)
+        K.check_backend(backend)
         self.reduction,self.backend = reduction,backend
         for name,v in buffers.items(): self.register_buffer(name, None if v is None else K.unwrapped(name, v))
 
@@ -58,7 +58,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
         ignore_index:int=-100, # Rows with this class index count for nothing
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         axis:int=1, # Class axis
-        backend:str='auto' # Who computes: 'auto' or 'torch'
+        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, weight=weight, prior=prior)
         self.spread,self.multi_hot,self.ignore_index,self.axis = spread,multi_hot,ignore_index,axis
@@ -101,7 +101,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         thresh:float=.5, # Probability above which `decodes` says yes
-        backend:str='auto' # Who computes: 'auto' or 'torch'
+        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
         if prior is not None: check_prior(self.prior, sigmoid=True)
@@ -178,7 +178,7 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         axis:int=-1, # Class axis
         flatten:bool=True, # Let targets have another shape with as many elements; 'none' gives 1-d losses
-        backend:str='auto' # Who computes: 'auto' or 'torch'
+        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(partial(LabelSmoothingCrossEntropy, axis=axis), axis, flatten, eps=eps, prior=prior, spread=spread,
                          multi_hot=multi_hot, weight=weight, ignore_index=ignore_index, reduction=reduction, backend=backend)
@@ -208,7 +208,7 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         thresh:float=.5, # Probability above which `decodes` says yes
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
-        backend:str='auto' # Who computes: 'auto' or 'torch'
+        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(LabelSmoothingBCEWithLogits, -1, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
                          reduction=reduction, thresh=thresh, backend=backend)

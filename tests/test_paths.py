@@ -2,6 +2,8 @@
 
 Each size takes another way: few logits, some, pieces of a block, several blocks. The inputs are those where a quick way does
 not do, in one row, the last: the others have to come out of it right, too."""
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,8 @@ def test_softmax_otherwise(size, kind, layout):
     if layout == 'sliced': actual = actual[..., 0]
     if layout == 'classes last': actual = actual.movedim(-1, 1)
     assert abs(loss.item() - expected) <= 2e-6 * expected
-    assert (actual - grad).norm() <= {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype] * grad.norm()
+    bfloat16 = 8e-3 if os.environ.get('TRITON_INTERPRET') == '1' else 4e-3  # Triton's interpreter cuts digits off, rather than rounding
+    assert (actual - grad).norm() <= {torch.float32: 1e-5, torch.bfloat16: bfloat16, torch.float16: 1e-3}[dtype] * grad.norm()
     with torch.no_grad(): again = smooth_cross_entropy(v[..., 0] if layout == 'sliced' else v, w, .1, **options)
     assert abs((again.sum() / (y != -100).sum() if layout == 'none' else again).item() - expected) <= 2e-6 * expected
 

@@ -7,6 +7,17 @@ def transforming() -> bool:
     "Is a torch.func transform (grad, vmap, ...) or forward-mode AD at work? Then only plain ops are understood."
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
+def tracing(*tensors) -> bool:
+    "Can values not be read here: under torch.compile, torch.func, or for tensors with no values?"
+    return torch.compiler.is_compiling() or opaque(*tensors)
+
+def opaque(*tensors) -> bool:
+    "Is there no memory to hand to a kernel: under torch.func, or for tensors with no values?"
+    if transforming(): return True
+    for t in tensors:
+        if type(t) is not Tensor or t.is_meta: return True
+    return False
+
 def early(x: Tensor):
     "Can the gradient be made before its scale is known? Not in float16, where that of a mean would underflow before."
     return x.dtype != torch.float16

@@ -17,11 +17,12 @@ from .targets import Smoothing, along, one_hot
 @dataclass(frozen=True)
 class Job:
     "What the loss is computed against: all but the logits, checked and on their device."
-    target: Tensor                 # [rows] class indices (int64, in range), or labels shaped like the logits
+    target: Tensor                 # [rows] class indices (as they came, or by `looked_up` int64 and in range), or labels shaped like the logits
     is_index: bool                 # Which of the two
     smoothing: Smoothing
     axis: int                      # Of the classes in the logits
     weight: Tensor | None = None   # [K]
+    ignore_index: int = -100       # What `ignored` is made of
     ignored: Tensor | None = None  # [rows], True where a row counts for nothing; None when there is no such row
     invalid: Tensor | None = None  # [rows], True where an index was out of range and could not be reported: nan
 

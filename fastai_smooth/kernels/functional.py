@@ -3,21 +3,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from . import sigmoid, softmax
-from .backward import transforming
+from .backward import opaque, tracing
 from .checks import (check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
                      check_reduction, check_smoothing, check_targets, class_axis, is_index)
 from .formula import Job, accumulator
+from .indices import looked_up
 from .targets import Smoothing, one_hot, sigmoid_q
 
 __all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits']
 
-BACKENDS = {'torch': (softmax.softmax_loss, sigmoid.sigmoid_loss)}  # name -> (softmax head, sigmoid head)
+BACKENDS = 'torch', 'triton'
 
-def pick_backend(backend):
-    "The two heads of the backend that is asked for; 'auto' is the torch one, everywhere, so far."
-    if backend == 'auto': backend = 'torch'
-    if backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {tuple(BACKENDS)}, got {backend!r}")
-    return BACKENDS[backend]
+def check_backend(backend):
+    "Raises where there is no such backend, or it is not installed."
+    if backend == 'triton': fused_heads()
+    elif backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+
+def fused_heads():
+    "The fused kernels' modules, softmax and sigmoid."
+    try: from . import fused_sigmoid, fused_softmax
+    except ImportError as e:
+        raise ImportError(f"backend='triton' needs the package triton, which could not be imported ({e}): pip install triton, or take backend='auto'") from e
+    return fused_softmax, fused_sigmoid
+
+def fused_for(backend, x):
+    """The fused heads, where they are asked for; else None: 'auto' is the torch implementation everywhere, until a GPU has been
+    seen to pass the tests and win."""
+    if backend != 'triton': return check_backend(backend)
+    heads = fused_heads()
+    if not (x.is_meta or heads[0].fused.runs_on(x)):
+        raise ValueError(f"backend='triton' is for logits on a GPU, these are on {x.device}: move them there, or take backend='auto'")
+    return heads
 
 def smooth_targets(
     target,                     # Class indices (any integer dtype), or labels with classes along the last axis
@@ -81,7 +97,7 @@ def smooth_cross_entropy(
     ignore_index: int = -100,   # Rows with this class index count for nothing
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
     axis: int = 1,              # Of the classes in `input`
-    backend: str = 'auto',      # Who computes: 'auto' or 'torch'
+    backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
 ) -> Tensor: # A float32 scalar (float64 for float64 logits), or a value a row, shaped like class indices would be
     """Cross entropy of logits against smoothed targets: `F.cross_entropy(label_smoothing=eps)`, and its relatives.
 
@@ -104,7 +120,7 @@ def smooth_binary_cross_entropy_with_logits(
     weight: Tensor = None,      # As in `F.binary_cross_entropy_with_logits`: broadcasts to `input`
     pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
-    backend: str = 'auto',      # Who computes: 'auto' or 'torch'
+    backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
 ) -> Tensor: # A float32 scalar (float64 for float64 logits), or a value a logit
     """Binary cross entropy of logits against smoothed labels, for multi-label targets. Keras' `label_smoothing` is 2 eps.
 
@@ -117,8 +133,8 @@ def smooth_binary_cross_entropy_with_logits(
 
 def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axis, backend, checked=False):
     "`smooth_cross_entropy` of a `Smoothing`."
-    head, _ = pick_backend(backend)
     x, target = logits(input), unwrapped('target', target)
+    fused = fused_for(backend, x)
     if weight is not None: weight = unwrapped('weight', weight)
     check_reduction(reduction)
     if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
@@ -128,17 +144,16 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu')).to(x, accumulator(x))
     if weight is not None: weight = weight.to(x.device, accumulator(x))
     index = check_targets(x, target, axis, s.multi_hot)
-    if index: target, ignored, invalid = class_indices(target, k, ignore_index, traced)
-    else:
+    if not index:
         check_needs_no_index(s)
         if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
-        ignored = invalid = None
-    plain = traced or needs_grad(target, weight, s.prior, s.eps)
-    return head(x, Job(target, index, s, axis, weight, ignored, invalid), reduction, plain)
+    job, others = Job(target, index, s, axis, weight, ignore_index), needs_grad(target, weight, s.prior, s.eps)
+    if fused and not others and not opaque(x, target) and fused[0].takes(x, job): return fused[0].softmax_loss(x, job, reduction)
+    return softmax.softmax_loss(x, looked_up(job, x), reduction, traced or others)
 
 def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend, checked=False):
-    _, head = pick_backend(backend)
     x, target = logits(input), unwrapped('target', target)
+    fused = fused_for(backend, x)
     check_reduction(reduction)
     check_labels(x, target)
     eps, traced = check_eps(eps, .5), tracing(x, target)
@@ -149,7 +164,9 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
             check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=not (checked or traced or x.device.type != 'cpu'))
         spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
         labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
-    return head(x, labels, reduction, traced or needs_grad(target, prior, weight, pos_weight))
+    others = needs_grad(target, prior, weight, pos_weight)
+    if fused and not others and not opaque(x, target) and fused[1].takes(x, labels): return fused[1].sigmoid_loss(x, labels, reduction)
+    return sigmoid.sigmoid_loss(x, labels, reduction, traced or others)
 
 def unwrapped(name, t):
     "A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay."
@@ -162,42 +179,11 @@ def logits(input):
     if not x.is_floating_point(): raise TypeError(f"input must be floating point logits, got {x.dtype}")
     return x
 
-def tracing(*tensors) -> bool:
-    "Can values not be read here: under torch.compile, torch.func, or for tensors with no values?"
-    if torch.compiler.is_compiling() or transforming(): return True
-    for t in tensors:
-        if type(t) is not Tensor or t.is_meta: return True
-    return False
-
 def needs_grad(*others) -> bool:
     if torch.is_grad_enabled():
         for o in others:
             if isinstance(o, Tensor) and o.requires_grad: return True
     return False
-
-def class_indices(target, k, ignore_index, traced):
-    "Indices that are safe to gather with, and where they are ignored and where invalid (None: nowhere)."
-    index = target.long()
-    if torch.compiler.is_compiling(): index = checked_indices(index, k, ignore_index)
-    if not traced and index.is_cpu and index.numel():
-        lo, hi = index.aminmax()
-        lo, hi = lo.item(), hi.item()
-        if 0 <= lo and hi < k and not lo <= ignore_index <= hi: return index, None, None  # the usual case, in one op
-    ignored = index == ignore_index
-    if traced or index.device.type != 'cpu':
-        invalid = ((index < 0) | (index >= k)) & ~ignored
-        return index.masked_fill(ignored | invalid, 0), ignored, invalid
-    check_indices(index, k, ignored)
-    return (index.masked_fill(ignored, 0), ignored, None) if bool(ignored.any()) else (index, None, None)
-
-@torch.library.custom_op('fastai_smooth::checked_indices', mutates_args=())
-def checked_indices(index: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    "The check as an op, since reading values in a compiled graph would break it."
-    if index.device.type == 'cpu': check_indices(index, num_classes, index == ignore_index)
-    return index.clone()
-
-@checked_indices.register_fake
-def _(index, num_classes, ignore_index): return torch.empty_like(index)
 
 def expanded(name, v, x):
     "`v` broadcast to `x`, without a copy."

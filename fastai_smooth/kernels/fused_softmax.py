@@ -1,0 +1,459 @@
+"""The softmax head as one Triton kernel.
+
+With t = w * q and A = sum_k t_k, a row of logits x has the loss A * lse(x) - sum_k t_k x_k, and the gradient
+A * softmax(x) - t. In the terms of a row (`targets.py` has the formula of q)
+
+    t_k = w_k * (own * y_k + each * u_k)      own = 1 - e, shared out among the positives; each = e / sum of u
+
+so one pass over the row gives all that loss and gradient need: the maximum, the sum of exponentials, and for each of the
+weightings u, w * u, w * y the sum over the classes that are not masked (-inf), with and without the logit."""
+from __future__ import annotations
+from typing import NamedTuple
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from . import fused
+from .backward import transforming
+from .checks import check_indices
+from .formula import Job, accumulator, plain_loss
+from .fused import offsets, sum_up
+from .indices import looked_up
+from .targets import Smoothing
+
+INF = tl.constexpr(float('inf'))
+
+class Tile(NamedTuple):
+    "What a program goes over at once."
+    rows: int
+    block: int  # classes: all of a row, if there are not more. Where there are, the first block stays, the others are read again
+    warps: int
+    ctas: int = 1
+
+# (number of classes up to which, tile); the last is for all larger ones
+TILES = {
+    'classes next to each other': [
+        (16, Tile(128, 16, 4)), (32, Tile(64, 32, 4)), (64, Tile(32, 64, 4)), (128, Tile(16, 128, 4)), (256, Tile(8, 256, 4)),
+        (512, Tile(4, 512, 4)), (1024, Tile(2, 1024, 4)), (2048, Tile(1, 2048, 4)), (4096, Tile(1, 4096, 8)),
+        (8192, Tile(1, 8192, 16)), (16384, Tile(1, 16384, 32)), (None, Tile(1, 8192, 16))],
+    'rows next to each other': [  # images, (N, C, H, W)
+        (16, Tile(128, 16, 4)), (32, Tile(64, 32, 4)), (64, Tile(64, 64, 8)), (128, Tile(32, 128, 8)), (256, Tile(32, 256, 16)),
+        (None, Tile(32, 128, 8))],
+}
+
+def tile_for(num_classes: int, class_stride: int) -> Tile:
+    table = TILES['classes next to each other' if class_stride == 1 or num_classes == 1 else 'rows next to each other']
+    return next(tile for most, tile in table if most is None or num_classes <= most)
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+@triton.jit
+def block(b, x, y, weight, prior, used, C: tl.constexpr, XC: tl.constexpr, YC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    "Block number `b` of rows that begin at pointers x and y: class numbers, logits (-inf where there is none), w, u and y."
+    k = b * BLOCK + tl.arange(0, BLOCK)
+    there = k < C
+    at = k if C * XC < 2**31 else k.to(tl.int64)
+    mask = used[:, None] & there[None, :]
+    logits = tl.load(x[:, None] + (at * XC)[None, :], mask=mask, other=-INF).to(ACC)
+    w, u, dense = None, None, None
+    if weight is not None: w = tl.load(weight + k, mask=there, other=0.)[None, :]
+    if prior is not None: u = tl.load(prior + k, mask=there, other=0.)[None, :]
+    if YC is not None:
+        at = k if C * YC < 2**31 else k.to(tl.int64)
+        dense = tl.load(y[:, None] + (at * YC)[None, :], mask=mask, other=0).to(ACC)
+    return k, logits, w, u, dense
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, ACC: tl.constexpr):
+    "What `seen` starts from."
+    o = tl.zeros([ROWS], ACC)
+    return tl.full([ROWS], -INF, ACC), o, o, o, o, o, o, o, o, o, o, o, o
+
+@triton.jit
+def seen(state, x, w, u, y):
+    """What is known of rows after another block: `state` is (the maximum m; the sum of exp(x - m); the sums over the classes that
+    are not masked of 1, u, w u, w u (x - m), w, w (x - m), w y, w y (x - m); the sum of y; of y and w y where masked).
+
+    The online softmax: when the maximum moves, what was summed moves with it."""
+    m, s, size, mass, share, share_z, even, even_z, own, own_z, n, gone, lost = state
+    top = tl.maximum(m, tl.max(x, 1))
+    ref = tl.where(top == -INF, 0., top)
+    moved = tl.where(m == -INF, 0., m - ref)  # nothing has been summed then
+    keep = x != -INF
+    z = tl.where(keep, x - ref[:, None], 0.)
+    kept = keep.to(x.dtype)
+    s = s * tl.exp(moved) + tl.sum(tl.exp(x - ref[:, None]), 1)
+    share_z += moved * share
+    if w is None and u is None:
+        share += tl.sum(kept, 1)
+        share_z += tl.sum(z, 1)
+        size = share
+    else:
+        c = u
+        if u is None: c = w
+        elif w is not None: c = u * w
+        share += tl.sum(kept * c, 1)
+        share_z += tl.sum(z * c, 1)
+        size += tl.sum(kept, 1)
+    if u is not None:
+        mass += tl.sum(kept * u, 1)
+        even_z += moved * even
+        if w is None:
+            even = size
+            even_z += tl.sum(z, 1)
+        else:
+            even += tl.sum(kept * w, 1)
+            even_z += tl.sum(z * w, 1)
+    if y is not None:
+        wy = y
+        if w is not None: wy = w * y
+        own_z += moved * own + tl.sum(z * wy, 1)
+        own += tl.sum(kept * wy, 1)
+        n += tl.sum(y, 1)
+        gone += tl.sum(tl.where(keep, 0., y), 1)
+        lost += tl.sum(tl.where(keep, 0., wy), 1)
+    return top, s, size, mass, share, share_z, even, even_z, own, own_z, n, gone, lost
+
+@triton.jit
+def terms(state, eps, x_y, w_y, PRIOR: tl.constexpr, INDEX: tl.constexpr, MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr):
+    """Of rows: the loss; the maximum, the sum of exponentials, A, own and each, for the gradient; and where u, all of whose mass
+    is masked, gives way to the uniform distribution. `x_y` and `w_y` are logit and weight of the class, for class indices."""
+    m, s, size, mass, share, share_z, even, even_z, own_w, own_z, n, gone, lost = state
+    e, alone = eps, mass == -1
+    if OTHERS:  # as `targets.effective_eps`
+        if INDEX: reached = (x_y != -INF).to(size.dtype)
+        elif MULTI_HOT: reached = n - gone
+        else: reached = (gone == 0).to(size.dtype)
+        rest = size - reached
+        e = tl.where(rest > 0, eps * size / tl.where(rest > 0, rest, 1.), 0.)
+    own = 1 - e + tl.zeros_like(size)
+    if MULTI_HOT:  # a row with no positive is all smoothing
+        own = tl.where(n == 0, 0., own / tl.where(n == 0, 1., n))
+        e = tl.where(n == 0, 1., e)
+    if PRIOR:
+        alone = mass == 0
+        share, share_z = tl.where(alone, even, share), tl.where(alone, even_z, share_z)
+        each = e / tl.where(alone, size, mass)
+    else: each = e / size
+    if INDEX:
+        here = x_y != -INF
+        own_w, lost = w_y, tl.where(here, 0., w_y)
+        own_z = tl.where(here, w_y * (x_y - m), 0.)
+        total = own * own_w + each * share
+    else: total = own * (own_w + lost) + each * share
+    loss = total * tl.log(s) - (own * own_z + each * share_z)
+    loss = tl.where(own * lost != 0, INF, loss)
+    dead = m == -INF  # all masked
+    return tl.where(dead, INF - INF, loss), tl.where(dead, INF - INF, m), s, total, own, each, alone
+
+@triton.jit
+def gradient(k, x, w, u, y, label, m, s, total, own, each, alone, by):
+    "by * (A softmax(x) - t), 0 for masked classes."
+    t = (each * by)[:, None]
+    if u is not None: t = t * tl.where(alone[:, None], 1., u)
+    if y is None: t = t + tl.where(k[None, :] == label[:, None], (own * by)[:, None], 0.)
+    else: t = t + (own * by)[:, None] * y
+    if w is not None: t = t * w
+    g = (total / s * by)[:, None] * tl.exp(x - m[:, None]) - t
+    return tl.where((x == -INF) & (m == m)[:, None], 0., g)
+
+@triton.jit
+def factor(grad_output, inverse, scale, rows, there, EACH: tl.constexpr, ACC: tl.constexpr):
+    "What the gradient of each row is to be multiplied by."
+    by = tl.full([rows.shape[0]], scale, ACC)
+    if inverse is not None: by = by * tl.load(inverse)
+    if grad_output is not None:
+        if EACH: by = by * tl.load(grad_output + rows, mask=there, other=0.).to(ACC)
+        else: by = by * tl.load(grad_output).to(ACC)
+    return by
+
+@triton.jit
+def one_over(weight, count):
+    "nan where the weights of all labels are 0, as in PyTorch; but where there is no row, 1, and so a mean of 0."
+    return tl.where(count == 0, 1., tl.where(weight == 0, INF - INF, 1 / weight))
+
+@triton.jit(do_not_specialize=['scale', 'eps', 'outer', 'tiles', 'ignore_index'])
+def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inverse, stats, sums, ticket,
+                   scale: 'fp64', eps: 'fp64', outer, tiles, ignore_index,
+                   C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
+                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+                   ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Loss, gradient or both: what there is a pointer for. `stats` gets, or where there is no loss to compute gives, what
+    `gradient` needs of a row whose logits are too many to stay in registers. COUNT: the loss is a mean over the rows' weights,
+    and `inverse`, one over their sum, comes out of this; else it goes in."""
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    sum_loss, sum_weight, count = tl.full((), 0., ACC), tl.full((), 0., ACC), tl.full((), 0., ACC)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        there = rows // (SIZES[0] * SIZES[1]) < outer
+        used = there
+        x_rows, label, w_y, x_y, invalid = x + offsets(rows, SIZES, XS), None, None, None, None
+        e = tl.full([ROWS], eps, ACC)
+        if INDEX:
+            label = tl.load(y + rows, mask=there, other=0).to(tl.int64)
+            used = there & (label != ignore_index)
+            invalid = used & ((label < 0) | (label >= C))
+            label = tl.where(used & (label >= 0) & (label < C), label, 0)
+            x_y = tl.load(x_rows + label * XS[3], mask=used, other=0.).to(ACC)
+            w_y = tl.full([ROWS], 1., ACC)
+            if weight is not None: w_y = tl.load(weight + label)
+            if class_eps is not None: e = tl.load(class_eps + label)
+            y_rows, YC = y, None
+        else: y_rows, YC = y + offsets(rows, SIZES, YS), YS[3]
+
+        # what is ignored is not read; but where rows are next to each other, they are read several at once
+        wanted = used
+        if XS[3] != 1: wanted = there
+        k0, x0, w0, u0, y0 = block(0, x_rows, y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
+        state = seen(nothing(ROWS, ACC), x0, w0, u0, y0)
+        for b in range(1, BLOCKS):
+            k, xb, w, u, yb = block(b, x_rows, y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
+            state = seen(state, xb, w, u, yb)
+        row_loss, m, s, total, own, each, alone = terms(state, e, x_y, w_y, prior is not None, INDEX, MULTI_HOT, OTHERS)
+        if INDEX:
+            total = tl.where(invalid, INF - INF, total)
+            row_loss = tl.where(invalid, INF - INF, row_loss)
+
+        if loss is not None:
+            row_loss = tl.where(used, row_loss, 0.)
+            if EACH: tl.store(loss + rows, row_loss, mask=there)
+            else: sum_loss += tl.sum(row_loss, 0)
+            if COUNT:
+                sum_weight += tl.sum(tl.where(used, w_y, 0.), 0)
+                count += tl.sum(used.to(ACC), 0)
+        if stats is not None:
+            n = tl.cast(outer, tl.int64) * (SIZES[0] * SIZES[1])
+            tl.store(stats + rows, m, mask=there)
+            tl.store(stats + n + rows, s, mask=there)
+            tl.store(stats + 2 * n + rows, total, mask=there)
+            tl.store(stats + 3 * n + rows, own, mask=there)
+            tl.store(stats + 4 * n + rows, tl.where(alone, -each, each), mask=there)
+        if grad is not None:
+            by = factor(grad_output, inverse, scale, rows, there, EACH, ACC)
+            g_rows = grad + offsets(rows, SIZES, GS)
+            for i in range(1, BLOCKS):  # the last first: it is the one that a cache still has
+                k, xb, w, u, yb = block(BLOCKS - i, x_rows, y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
+                g = gradient(k, xb, w, u, yb, label, m, s, total, own, each, alone, by)
+                put(g_rows, k, g, there, used, C, GS[3])
+            g = gradient(k0, x0, w0, u0, y0, label, m, s, total, own, each, alone, by)
+            put(g_rows, k0, g, there, used, C, GS[3])
+
+    if loss is not None and not EACH:
+        sum_loss, sum_weight, count, last = sum_up(sums, ticket, sum_loss, sum_weight, count)
+        if last:
+            by = tl.full((), scale, ACC)
+            if COUNT:
+                by = by * one_over(sum_weight, count)
+                tl.store(inverse, by)
+            elif inverse is not None: by = by * tl.load(inverse)
+            tl.store(loss, sum_loss * by)
+
+@triton.jit
+def put(g, k, values, there, used, C: tl.constexpr, GC: tl.constexpr):
+    "Stores a block of the gradient; what is ignored gets 0."
+    at = k if C * GC < 2**31 else k.to(tl.int64)
+    values = tl.where(used[:, None], values, 0.).to(g.dtype.element_ty)
+    tl.store(g[:, None] + (at * GC)[None, :], values, mask=there[:, None] & (k < C)[None, :])
+
+@triton.jit(do_not_specialize=['scale', 'outer', 'tiles', 'ignore_index'])
+def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scale: 'fp64', outer, tiles, ignore_index,
+                    C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
+                    EACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    "The gradient by the `stats` of the forward, where rows are longer than a block: blocks of rows are independent then."
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    n = tl.cast(outer, tl.int64) * (SIZES[0] * SIZES[1])
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows = tl.cast(tile // BLOCKS, tl.int64) * ROWS + tl.arange(0, ROWS)
+        there = rows // (SIZES[0] * SIZES[1]) < outer
+        used = there
+        label = None
+        if INDEX:
+            label = tl.load(y + rows, mask=there, other=0).to(tl.int64)
+            used = there & (label != ignore_index)
+            y_rows, YC = y, None
+        else: y_rows, YC = y + offsets(rows, SIZES, YS), YS[3]
+        wanted = used
+        if XS[3] != 1: wanted = there
+        k, xb, w, u, yb = block(BLOCKS - 1 - tile % BLOCKS, x + offsets(rows, SIZES, XS), y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
+        m, s = tl.load(stats + rows, mask=there, other=0.), tl.load(stats + n + rows, mask=there, other=1.)
+        total, own = tl.load(stats + 2 * n + rows, mask=there, other=0.), tl.load(stats + 3 * n + rows, mask=there, other=0.)
+        each = tl.load(stats + 4 * n + rows, mask=there, other=0.)
+        by = factor(grad_output, inverse, scale, rows, there, EACH, ACC)
+        g = gradient(k, xb, w, u, yb, label, m, s, total, own, tl.abs(each), each < 0, by)
+        put(grad + offsets(rows, SIZES, GS), k, g, there, used, C, GS[3])
+
+@triton.jit(do_not_specialize=['n', 'tiles', 'ignore_index'])
+def count_kernel(y, weight, inverse, sums, ticket, n, tiles, ignore_index, C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    "One over the weights of all rows, for where the gradient is made with the loss and so has to know before."
+    sum_weight, count = tl.full((), 0., ACC), tl.full((), 0., ACC)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        label = tl.load(y + rows, mask=rows < n, other=0).to(tl.int64)
+        used = (rows < n) & (label != ignore_index)
+        count += tl.sum(used.to(ACC), 0)
+        if weight is not None:
+            valid = used & (label >= 0) & (label < C)
+            sum_weight += tl.sum(tl.load(weight + label, mask=valid, other=0.), 0)
+    if weight is None: sum_weight = count
+    sum_weight, count, _, last = sum_up(sums, ticket, sum_weight, count, count)
+    if last: tl.store(inverse, one_over(sum_weight, count))
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+def rows_of(x: Tensor, job: Job, *others: Tensor) -> fused.Walk | None:
+    "How to go over the rows: of the logits, of dense targets, and of others shaped like the logits."
+    tensors = (x, *others) if job.is_index else (x, job.target, *others)
+    drop = lambda v: v[:job.axis] + v[job.axis+1:]
+    return fused.walk(drop(tuple(x.shape)), *(drop(v.stride()) for v in tensors))
+
+def takes(x: Tensor, job: Job) -> bool:
+    "Can the kernel do it? One prior a class would be another pass over a matrix; and there are layouts of too many axes."
+    prior = job.smoothing.prior
+    if x.dtype not in fused.FLOATS or prior is not None and prior.dim() == 2: return False
+    return x.dim() <= 4 or not torch.compiler.is_compiling() and rows_of(x, job) is not None
+
+class Call(NamedTuple):
+    "What all launches for some logits have in common."
+    walk: fused.Walk
+    inputs: tuple   # y, weight, prior
+    class_eps: Tensor | None
+    eps: float
+    numbers: dict
+    options: dict
+
+    @classmethod
+    def of(cls, x: Tensor, job: Job, grad: Tensor | None = None):
+        s, axis, walk = job.smoothing, job.axis, rows_of(x, job, *(() if grad is None else (grad,)))
+        packed = lambda v: None if v is None else v.contiguous()
+        y = walk.in_order(job.target).contiguous() if job.is_index else job.target
+        strides = [(*at, v.stride(axis)) for at, v in zip(walk.strides, (x, *(() if job.is_index else (y,)), *(() if grad is None else (grad,))))]
+        tile, each = tile_for(x.shape[axis], x.stride(axis)), isinstance(s.eps, Tensor)
+        options = dict(C=x.shape[axis], SIZES=walk.sizes, XS=strides[0], YS=None if job.is_index else strides[1], GS=strides[0 if grad is None else -1],
+                       INDEX=job.is_index, ROWS=tile.rows, BLOCK=tile.block, ACC=fused.TYPES[accumulator(x)], num_warps=tile.warps, num_ctas=tile.ctas)
+        tiles = triton.cdiv(walk.count, tile.rows)
+        return cls(walk, (y, packed(job.weight), packed(s.prior)), packed(s.eps) if each else None, 0. if each else s.eps,
+                   dict(outer=walk.outer, tiles=tiles, ignore_index=job.ignore_index), options)
+
+    def blocks(self): return triton.cdiv(self.options['C'], self.options['BLOCK'])
+
+def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, keep: bool = False):
+    """The loss; one over what it is a mean of, where only the device knows; and, to `keep` for the backward, what `gradient_kernel`
+    needs of long rows. `grad`, if given, gets the gradient."""
+    if x.is_cpu and job.is_index: check_indices(job.target, x.shape[job.axis], job.target == job.ignore_index)
+    call, acc, each = Call.of(x, job, grad), accumulator(x), reduction == 'none'
+    new = lambda *shape: torch.empty(shape, dtype=acc, device=x.device)
+    inverse = new() if reduction == 'mean' and job.is_index else None
+    stats = new(5, call.walk.count) if keep and call.blocks() > 1 else None
+    loss = new(call.walk.count) if each else new()
+    n, s, ticket = fused.programs(call.numbers['tiles']), job.smoothing, fused.ticket(x.device)
+    sums = None if each else new(3 * n)
+    count = inverse is not None and grad is None
+    with fused.on(x):
+        if inverse is not None and not count: count_rows(call, inverse)
+        softmax_kernel[(n,)](x, *call.inputs, call.class_eps, loss, grad, None, inverse, stats, sums, ticket, scale_of(x, job, reduction), call.eps,
+                             **call.numbers, **call.options, MULTI_HOT=s.multi_hot, OTHERS=s.spread == 'others', EACH=each, COUNT=count)
+    return call.walk.out_of_order(loss, x.shape[:job.axis] + x.shape[job.axis+1:]) if each else loss, inverse, stats
+
+def scale_of(x, job, reduction):
+    "What the host knows of the factor between the sum of the rows' losses and the loss."
+    return x.shape[job.axis] / x.numel() if reduction == 'mean' and not job.is_index else 1.
+
+def count_rows(call: Call, inverse: Tensor):
+    y, weight, _ = call.inputs
+    tiles = triton.cdiv(y.numel(), 4096)
+    n = fused.programs(tiles)
+    count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), fused.ticket(y.device), y.numel(), tiles, call.numbers['ignore_index'],
+                       C=call.options['C'], BLOCK=4096, ACC=call.options['ACC'], num_warps=8)
+
+def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None):
+    "The gradient times `grad_output`, rounded once."
+    grad = torch.empty_like(x)
+    call, s, each = Call.of(x, job, grad), job.smoothing, reduction == 'none'
+    grad_output = call.walk.in_order(grad_output).contiguous() if each else grad_output
+    scale = scale_of(x, job, reduction)
+    with fused.on(x):
+        if stats is None:
+            softmax_kernel[(fused.programs(call.numbers['tiles']),)](
+                x, *call.inputs, call.class_eps, None, grad, grad_output, inverse, None, None, None, scale, call.eps,
+                **call.numbers, **call.options, MULTI_HOT=s.multi_hot, OTHERS=s.spread == 'others', EACH=each, COUNT=False)
+        else:
+            numbers = call.numbers | dict(tiles=call.numbers['tiles'] * call.blocks())
+            gradient_kernel[(fused.programs(numbers['tiles']),)](x, *call.inputs, grad, grad_output, inverse, stats, scale, **numbers, **call.options, EACH=each)
+    return grad
+
+class FusedSoftmaxLoss(torch.autograd.Function):
+    "The loss with its gradient by the kernel: with the loss where the logits are many, else in the backward."
+
+    @staticmethod
+    def forward(ctx, x, job, reduction):
+        ctx.grad = grad = torch.empty_like(x) if fused.early(x) and reduction != 'none' else None
+        loss, inverse, stats = forward(x, job, reduction, grad, keep=True)
+        ctx.save_for_backward(x, *job.tensors())
+        ctx.rest = job, reduction, inverse, stats
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, *_ = ctx.saved_tensors
+        job, reduction, inverse, stats = ctx.rest
+        grad, ctx.grad = ctx.grad, None
+        if torch.is_grad_enabled() or transforming():
+            with torch.enable_grad(): loss = plain_loss(x, looked_up(job, x), reduction)
+            return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None
+        if grad is not None: return fused.scale_(grad, grad_output), None, None
+        return backward(grad_output, x, job, reduction, inverse, stats), None, None
+
+def softmax_loss(x: Tensor, job: Job, reduction: str) -> Tensor:
+    "The loss of logits `x`, for a job that the kernel `takes`."
+    if torch.compiler.is_compiling(): return softmax_forward(x, *flat(job), reduction)[0]
+    if not x.numel(): return x.sum(job.axis).to(accumulator(x)) if reduction == 'none' else x.sum().to(accumulator(x))
+    if x.requires_grad and torch.is_grad_enabled(): return FusedSoftmaxLoss.apply(x, job, reduction)
+    return forward(x, job, reduction)[0]
+
+# --- the same as custom ops, which torch.compile takes as they are ----------------------------------------------------
+
+def flat(job: Job):
+    "A job as arguments of an op."
+    s = job.smoothing
+    eps = (s.eps, 0.) if isinstance(s.eps, Tensor) else (None, s.eps)
+    return job.target, job.weight, s.prior, *eps, job.is_index, s.multi_hot, s.spread, job.axis, job.ignore_index
+
+def job_of(target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index):
+    return Job(target, is_index, Smoothing(eps if class_eps is None else class_eps, prior, spread, multi_hot), axis, weight, ignore_index)
+
+@torch.library.custom_op('fastai_smooth::softmax_forward', mutates_args=())
+def softmax_forward(x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None, class_eps: Tensor | None, eps: float,
+                    is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    "What `forward` gives, with empty tensors for what there isn't."
+    job = job_of(target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index)
+    if not x.numel(): return _softmax_forward_fake(x, *flat(job), reduction)
+    loss, *rest = forward(x, job, reduction, keep=True)
+    return loss.contiguous(), *(loss.new_empty(0) if v is None else v for v in rest)
+
+@softmax_forward.register_fake
+def _softmax_forward_fake(x, target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index, reduction):
+    new = lambda *shape: x.new_zeros(shape, dtype=accumulator(x))
+    rows, c = x.shape[:axis] + x.shape[axis+1:], x.shape[axis]
+    inverse = new() if reduction == 'mean' and is_index and x.numel() else new(0)
+    long = x.numel() and c > tile_for(c, x.stride(axis)).block
+    return new(*rows) if reduction == 'none' else new(), inverse, new(5, x.numel() // c) if long else new(0)
+
+@torch.library.custom_op('fastai_smooth::softmax_backward', mutates_args=())
+def softmax_backward(grad_output: Tensor, inverse: Tensor, stats: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None,
+                     class_eps: Tensor | None, eps: float, is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int,
+                     reduction: str) -> Tensor:
+    "What `backward` gives."
+    if not x.numel(): return torch.empty_like(x)
+    job, some = job_of(target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index), lambda v: v if v.numel() else None
+    return backward(grad_output, x, job, reduction, some(inverse), some(stats))
+
+@softmax_backward.register_fake
+def _(grad_output, inverse, stats, x, *rest): return torch.empty_like(x)
+
+def _keep(ctx, inputs, output):
+    x, target, weight, prior, class_eps, *ctx.rest = inputs
+    ctx.save_for_backward(*output[1:], x, target, weight, prior, class_eps)
+
+def _backward(ctx, grad_output, *_): return softmax_backward(grad_output, *ctx.saved_tensors, *ctx.rest), *[None] * 11
+
+softmax_forward.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,76 @@
+"""Compiles Triton kernels for GPUs that are not here, as the launches of this package call them, and reads what comes out.
+
+A launch is recorded with its arguments rather than made: so a test looks at the very code that would run."""
+import os, re, subprocess, tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+CUOBJDUMP = Path(triton.__file__).parent/'backends/nvidia/bin/cuobjdump'
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    args: dict      # by name
+    options: dict   # num_warps, num_ctas
+
+    def source(self):
+        "What Triton compiles for these arguments: as in a launch, pointers are known to be aligned if they are; None and constexprs are part of the code."
+        signature, constants, attrs = {}, {}, {}
+        for i, p in enumerate(self.kernel.params):
+            v = self.args[p.name]
+            if p.is_constexpr or v is None: signature[p.name], constants[(i,)] = 'constexpr', v
+            elif isinstance(v, torch.Tensor):
+                signature[p.name] = mangle_type(v)
+                if v.data_ptr() % 16 == 0: attrs[(i,)] = [['tt.divisibility', 16]]
+            else: signature[p.name] = p.annotation_type or ('i32' if abs(v) < 2**31 else 'i64')
+            assert isinstance(v, torch.Tensor) or p.is_constexpr or v is None or p.do_not_specialize, f'{p.name}={v} would be compiled in'
+        return ASTSource(self.kernel, signature, constants, attrs)
+
+    def key(self):
+        "What a compilation is kept by."
+        s = self.source()
+        return self.kernel.__name__, tuple(s.signature.items()), tuple(s.constants.items()), str(s.attrs), tuple(self.options.items())
+
+    def compile(self, capability=90): return triton.compile(self.source(), target=GPUTarget('cuda', capability, 32), options=self.options)
+
+
+@contextmanager
+def recorded():
+    "The launches that are asked for inside, none of which is made."
+    launches, run = [], JITFunction.run
+    def record(self, *args, grid, warmup, **kwargs):
+        options = {k: kwargs.pop(k) for k in ('num_warps', 'num_ctas', 'num_stages') if k in kwargs}
+        launches.append(Launch(self, dict(zip(self.arg_names, args)) | kwargs, options))
+    JITFunction.run = record
+    try: yield launches
+    finally: JITFunction.run = run
+
+
+class Code(NamedTuple):
+    "What a compiled kernel is made of."
+    registers: int
+    spills: int        # instructions that read or write local memory
+    loads: dict        # of global memory: bits -> instructions
+    stores: dict
+    sass: str
+
+
+def code(compiled) -> Code:
+    with tempfile.TemporaryDirectory() as tmp:
+        cubin = Path(tmp)/'kernel.cubin'
+        cubin.write_bytes(compiled.asm['cubin'])
+        run = lambda flag: subprocess.run([CUOBJDUMP, flag, cubin], capture_output=True, text=True, check=True).stdout
+        sass, usage = run('-sass'), run('-res-usage')
+    def widths(op):
+        res = {}
+        for mods in re.findall(rf'\b{op}((?:\.\w+)*)', sass):
+            bits = next((int(b) for b in re.findall(r'\.[US]?(8|16|64|128)\b', mods)), 32)
+            res[bits] = res.get(bits, 0) + 1
+        return res
+    return Code(int(re.search(r'REG:(\d+)', usage)[1]), len(re.findall(r'\b(?:STL|LDL)\b', sass)), widths('LDG'), widths('STG'), sass)

@@ -1,0 +1,116 @@
+"""With SMOOTH_TEST_BACKEND=triton in the environment, the tests of the torch implementation run on the Triton one: 'auto' means it.
+
+On a machine with a GPU they run there: tensors go to it with their strides, and results come back. Else TRITON_INTERPRET=1 must
+be set. What the tests are too small for is made to happen: loss by loss, the kernel takes turns in making the gradient in the
+forward or in the backward, and in how it cuts up its work: several blocks a row, several programs."""
+import itertools, sys
+from functools import wraps
+
+import pytest, torch, triton
+
+from fastai_smooth import kernels
+from fastai_smooth.kernels import functional, fused, fused_sigmoid, fused_softmax
+from fastai_smooth.kernels.formula import Job
+from fastai_smooth.kernels.fused_softmax import Tile
+
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 5000))
+CUDA = torch.cuda.is_available() and not fused.INTERPRETED
+counts = dict(fused=0, torch=0)
+tile_for = fused_softmax.tile_for
+turns = itertools.cycle(itertools.product((0, 10**6), (1, 2), (1, 2)))   # EARLY_MB, blocks a row, programs
+
+
+def fused_for(backend, x, original=functional.fused_for): return original('triton' if backend == 'auto' else backend, x)
+
+
+def cut(n, parts): return 1 << max(0, -(-n // parts) - 1).bit_length()
+
+
+def take_turn(x, job):
+    """Cuts the work so that there are some programs, and blocks a row: few, since the interpreter takes milliseconds for each.
+    On a GPU every other turn goes by the table."""
+    fused.EARLY_MB, blocks, programs = next(turns)
+    if not isinstance(job, Job): fused_sigmoid.BLOCK = max(16, min(cut(x.numel(), programs), 2**20)) if fused.INTERPRETED else 4096; return
+    k = x.shape[job.axis]
+    table, rows = tile_for(k, x.stride(job.axis)), cut(x.numel() // k, programs)
+    block = table.block if blocks == 1 else cut(k, blocks)
+    tile = Tile(min(rows, (2**20 if fused.INTERPRETED else 4096) // block), block, 4)
+    fused_softmax.tile_for = lambda *_: table if CUDA and blocks == 1 else tile
+
+
+def counted(module, name, kind):
+    original = getattr(module, name)
+    def f(x, job, *args):
+        if torch.compiler.is_compiling(): fused_softmax.tile_for = tile_for
+        elif x.numel():
+            counts[kind] += 1
+            if kind == 'fused': take_turn(x, job)
+        return original(x, job, *args)
+    setattr(module, name, f)
+
+
+class Moved(torch.autograd.Function):
+    "A tensor on another device with the strides it had; its gradient comes back likewise."
+    @staticmethod
+    def forward(ctx, x, device):
+        ctx.device = x.device
+        return strided(x, device)
+    @staticmethod
+    def backward(ctx, g): return strided(g, ctx.device), None
+
+
+def strided(x, device):
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
+    flat = torch.as_strided(x.detach(), (size,), (1,), x.storage_offset())
+    return flat.to(device).as_strided(x.shape, x.stride())
+
+
+def on_gpu(f):
+    @wraps(f)
+    def run(*args, **kwargs):
+        def move(v):
+            if not isinstance(v, torch.Tensor) or v.is_meta or type(v).__torch_dispatch__ != torch.Tensor.__torch_dispatch__: return v
+            return Moved.apply(v, 'cuda') if v.requires_grad else strided(v, 'cuda')
+        return f(*map(move, args), **{k: move(v) for k, v in kwargs.items()}).cpu()
+    return run
+
+
+functional.fused_for = fused_for
+counted(functional.softmax, 'softmax_loss', 'torch')
+counted(functional.sigmoid, 'sigmoid_loss', 'torch')
+counted(fused_softmax, 'softmax_loss', 'fused')
+counted(fused_sigmoid, 'sigmoid_loss', 'fused')
+if CUDA:
+    for name in ('smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits'):
+        setattr(kernels, name, on_gpu(getattr(kernels, name)))
+
+class Patched:
+    """Triton's interpreter patches its language anew for each function that a kernel calls, on top of what it has patched: half of
+    the time goes there. Once a launch will do."""
+    def __init__(self, patch): self.patch, self.scopes = patch, {}
+    def __call__(self, fn):
+        langs = frozenset(id(v) for v in fn.__globals__.values() if v in (triton.language, triton.language.core))
+        if langs not in self.scopes: self.scopes[langs] = self.patch(fn)
+        return self
+    def restore(self):
+        while self.scopes: self.scopes.popitem()[1].restore()   # the last first
+
+
+if fused.INTERPRETED:
+    from triton.runtime import interpreter
+    interpreter._patch_lang = Patched(interpreter._patch_lang)
+
+# test -> why it says nothing about the Triton implementation
+HOST_MEMORY = 'measures what the host allocates: the benchmark measures a GPU'
+LEFT_OUT = dict(test_backend_torch='of the torch implementation', test_changed_in_place_few_logits='the torch implementation keeps other things',
+                test_fake_and_meta='no kernel can run', test_no_grad_memory=HOST_MEMORY, test_forward_memory=HOST_MEMORY,
+                test_sigmoid_no_grad_memory=HOST_MEMORY, test_layout_no_transpose_copy=HOST_MEMORY)
+
+
+def leave_out(items):
+    for item in items:
+        why = LEFT_OUT.get(item.originalname)
+        if why: item.add_marker(pytest.mark.skip(reason=why))
+
+
+def report(): return f"losses computed by Triton: {counts['fused']}, by torch: {counts['torch']}"
