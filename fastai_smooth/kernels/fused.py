@@ -50,7 +50,7 @@ def sum_up(sums, ticket, a, b, c):
         tl.store(ticket, 0)
     return a, b, c, last
 
-@triton.jit(do_not_specialize=['tail'])
+@triton.jit(do_not_specialize=['tail', 'tiles'])
 def scale_kernel(grad, by, tail, tiles, BLOCK: tl.constexpr):
     "grad *= by, in place; where `by` is 1, as it mostly is, nothing is touched. The last tile has `tail` elements."
     factor = tl.load(by)
@@ -91,10 +91,11 @@ def walk(shape, *strides) -> Walk | None:
     order = tuple(sorted(range(len(shape)), key=lambda d: -strides[0][d]))
     merged = []  # [size, stride of each tensor], outermost first
     for d in order:
-        if shape[d] == 1: continue
+        if shape[d] == 1 and d: continue  # but a batch of one is gone over as others are
         here = [s[d] for s in strides]
         if merged and all(o == h * shape[d] for o, h in zip(merged[-1][1], here)): merged[-1] = merged[-1][0] * shape[d], here
         else: merged.append((shape[d], here))
+    if len(merged) > 3: merged = [m for m in merged if m[0] > 1]
     if len(merged) > 3: return None
     # one axis: it is the outer one, so that its size may change; (N, inner): the outer one is N
     filled = merged[:1] + [(1, [0] * len(strides))] * (3 - len(merged)) + merged[1:] if merged else [(1, [0] * len(strides))] * 3

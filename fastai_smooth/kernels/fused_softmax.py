@@ -35,7 +35,7 @@ TILES = {
     'classes next to each other': [
         (16, Tile(128, 16, 4)), (32, Tile(64, 32, 4)), (64, Tile(32, 64, 4)), (128, Tile(16, 128, 4)), (256, Tile(8, 256, 4)),
         (512, Tile(4, 512, 4)), (1024, Tile(2, 1024, 4)), (2048, Tile(1, 2048, 4)), (4096, Tile(1, 4096, 8)),
-        (8192, Tile(1, 8192, 16)), (16384, Tile(1, 16384, 32)), (None, Tile(1, 8192, 16))],
+        (8192, Tile(1, 8192, 16)), (16384, Tile(1, 16384, 32)), (None, Tile(1, 8192, 32))],
     'rows next to each other': [  # images, (N, C, H, W)
         (16, Tile(128, 16, 4)), (32, Tile(64, 32, 4)), (64, Tile(64, 64, 8)), (128, Tile(32, 128, 8)), (256, Tile(32, 256, 16)),
         (None, Tile(32, 128, 8))],
@@ -48,20 +48,10 @@ def tile_for(num_classes: int, class_stride: int) -> Tile:
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 @triton.jit
-def block(b, x, y, weight, prior, used, C: tl.constexpr, XC: tl.constexpr, YC: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    "Block number `b` of rows that begin at pointers x and y: class numbers, logits (-inf where there is none), w, u and y."
-    k = b * BLOCK + tl.arange(0, BLOCK)
-    there = k < C
-    at = k if C * XC < 2**31 else k.to(tl.int64)
-    mask = used[:, None] & there[None, :]
-    logits = tl.load(x[:, None] + (at * XC)[None, :], mask=mask, other=-INF).to(ACC)
-    w, u, dense = None, None, None
-    if weight is not None: w = tl.load(weight + k, mask=there, other=0.)[None, :]
-    if prior is not None: u = tl.load(prior + k, mask=there, other=0.)[None, :]
-    if YC is not None:
-        at = k if C * YC < 2**31 else k.to(tl.int64)
-        dense = tl.load(y[:, None] + (at * YC)[None, :], mask=mask, other=0).to(ACC)
-    return k, logits, w, u, dense
+def block(rows, k, wanted, other, C: tl.constexpr, STRIDE: tl.constexpr, ACC: tl.constexpr):
+    "The values of classes k in rows that begin at these pointers; `other` where a row is not wanted, or there is no such class."
+    at = k if C * STRIDE < 2**31 else k.to(tl.int64)
+    return tl.load(rows[:, None] + (at * STRIDE)[None, :], mask=wanted[:, None] & (k < C)[None, :], other=other).to(ACC)
 
 @triton.jit
 def nothing(ROWS: tl.constexpr, ACC: tl.constexpr):
@@ -70,7 +60,7 @@ def nothing(ROWS: tl.constexpr, ACC: tl.constexpr):
     return tl.full([ROWS], -INF, ACC), o, o, o, o, o, o, o, o, o, o, o, o
 
 @triton.jit
-def seen(state, x, w, u, y):
+def seen(state, k, x, y, weight, prior, C: tl.constexpr):
     """What is known of rows after another block: `state` is (the maximum m; the sum of exp(x - m); the sums over the classes that
     are not masked of 1, u, w u, w u (x - m), w, w (x - m), w y, w y (x - m); the sum of y; of y and w y where masked).
 
@@ -83,30 +73,25 @@ def seen(state, x, w, u, y):
     z = tl.where(keep, x - ref[:, None], 0.)
     kept = keep.to(x.dtype)
     s = s * tl.exp(moved) + tl.sum(tl.exp(x - ref[:, None]), 1)
+    size += tl.sum(kept, 1)
+    w_kept, w_z = kept, z
+    if weight is not None:
+        w = tl.load(weight + k, mask=k < C, other=0.)[None, :]
+        w_kept, w_z = kept * w, z * w
     share_z += moved * share
-    if w is None and u is None:
-        share += tl.sum(kept, 1)
-        share_z += tl.sum(z, 1)
-        size = share
+    if prior is None:
+        share += tl.sum(w_kept, 1)
+        share_z += tl.sum(w_z, 1)
     else:
-        c = u
-        if u is None: c = w
-        elif w is not None: c = u * w
-        share += tl.sum(kept * c, 1)
-        share_z += tl.sum(z * c, 1)
-        size += tl.sum(kept, 1)
-    if u is not None:
+        u = tl.load(prior + k, mask=k < C, other=0.)[None, :]
         mass += tl.sum(kept * u, 1)
-        even_z += moved * even
-        if w is None:
-            even = size
-            even_z += tl.sum(z, 1)
-        else:
-            even += tl.sum(kept * w, 1)
-            even_z += tl.sum(z * w, 1)
+        share += tl.sum(w_kept * u, 1)
+        share_z += tl.sum(w_z * u, 1)
+        even_z += moved * even + tl.sum(w_z, 1)
+        even += tl.sum(w_kept, 1)
     if y is not None:
         wy = y
-        if w is not None: wy = w * y
+        if weight is not None: wy = w * y
         own_z += moved * own + tl.sum(z * wy, 1)
         own += tl.sum(kept * wy, 1)
         n += tl.sum(y, 1)
@@ -147,13 +132,13 @@ def terms(state, eps, x_y, w_y, PRIOR: tl.constexpr, INDEX: tl.constexpr, MULTI_
     return tl.where(dead, INF - INF, loss), tl.where(dead, INF - INF, m), s, total, own, each, alone
 
 @triton.jit
-def gradient(k, x, w, u, y, label, m, s, total, own, each, alone, by):
+def gradient(k, x, y, weight, prior, label, m, s, total, own, each, alone, by, C: tl.constexpr):
     "by * (A softmax(x) - t), 0 for masked classes."
     t = (each * by)[:, None]
-    if u is not None: t = t * tl.where(alone[:, None], 1., u)
+    if prior is not None: t = t * tl.where(alone[:, None], 1., tl.load(prior + k, mask=k < C, other=0.)[None, :])
     if y is None: t = t + tl.where(k[None, :] == label[:, None], (own * by)[:, None], 0.)
     else: t = t + (own * by)[:, None] * y
-    if w is not None: t = t * w
+    if weight is not None: t = t * tl.load(weight + k, mask=k < C, other=0.)[None, :]
     g = (total / s * by)[:, None] * tl.exp(x - m[:, None]) - t
     return tl.where((x == -INF) & (m == m)[:, None], 0., g)
 
@@ -187,8 +172,11 @@ def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inve
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = rows // (SIZES[0] * SIZES[1]) < outer
         used = there
-        x_rows, label, w_y, x_y, invalid = x + offsets(rows, SIZES, XS), None, None, None, None
+        x_rows = x + offsets(rows, SIZES, XS)
         e = tl.full([ROWS], eps, ACC)
+        label = None
+        w_y = None
+        x_y = None
         if INDEX:
             label = tl.load(y + rows, mask=there, other=0).to(tl.int64)
             used = there & (label != ignore_index)
@@ -198,17 +186,22 @@ def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inve
             w_y = tl.full([ROWS], 1., ACC)
             if weight is not None: w_y = tl.load(weight + label)
             if class_eps is not None: e = tl.load(class_eps + label)
-            y_rows, YC = y, None
-        else: y_rows, YC = y + offsets(rows, SIZES, YS), YS[3]
-
+        else: y_rows = y + offsets(rows, SIZES, YS)
         # what is ignored is not read; but where rows are next to each other, they are read several at once
         wanted = used
         if XS[3] != 1: wanted = there
-        k0, x0, w0, u0, y0 = block(0, x_rows, y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
-        state = seen(nothing(ROWS, ACC), x0, w0, u0, y0)
+
+        k0 = tl.arange(0, BLOCK)
+        x0 = block(x_rows, k0, wanted, -INF, C, XS[3], ACC)
+        y0 = None
+        if not INDEX: y0 = block(y_rows, k0, wanted, 0, C, YS[3], ACC)
+        state = seen(nothing(ROWS, ACC), k0, x0, y0, weight, prior, C)
         for b in range(1, BLOCKS):
-            k, xb, w, u, yb = block(b, x_rows, y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
-            state = seen(state, xb, w, u, yb)
+            k = b * BLOCK + k0
+            xb = block(x_rows, k, wanted, -INF, C, XS[3], ACC)
+            yb = None
+            if not INDEX: yb = block(y_rows, k, wanted, 0, C, YS[3], ACC)
+            state = seen(state, k, xb, yb, weight, prior, C)
         row_loss, m, s, total, own, each, alone = terms(state, e, x_y, w_y, prior is not None, INDEX, MULTI_HOT, OTHERS)
         if INDEX:
             total = tl.where(invalid, INF - INF, total)
@@ -232,10 +225,13 @@ def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inve
             by = factor(grad_output, inverse, scale, rows, there, EACH, ACC)
             g_rows = grad + offsets(rows, SIZES, GS)
             for i in range(1, BLOCKS):  # the last first: it is the one that a cache still has
-                k, xb, w, u, yb = block(BLOCKS - i, x_rows, y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
-                g = gradient(k, xb, w, u, yb, label, m, s, total, own, each, alone, by)
+                k = (BLOCKS - i) * BLOCK + k0
+                xb = block(x_rows, k, wanted, -INF, C, XS[3], ACC)
+                yb = None
+                if not INDEX: yb = block(y_rows, k, wanted, 0, C, YS[3], ACC)
+                g = gradient(k, xb, yb, weight, prior, label, m, s, total, own, each, alone, by, C)
                 put(g_rows, k, g, there, used, C, GS[3])
-            g = gradient(k0, x0, w0, u0, y0, label, m, s, total, own, each, alone, by)
+            g = gradient(k0, x0, y0, weight, prior, label, m, s, total, own, each, alone, by, C)
             put(g_rows, k0, g, there, used, C, GS[3])
 
     if loss is not None and not EACH:
@@ -266,20 +262,21 @@ def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scal
         rows = tl.cast(tile // BLOCKS, tl.int64) * ROWS + tl.arange(0, ROWS)
         there = rows // (SIZES[0] * SIZES[1]) < outer
         used = there
+        k = (BLOCKS - 1 - tile % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         label = None
+        yb = None
         if INDEX:
             label = tl.load(y + rows, mask=there, other=0).to(tl.int64)
             used = there & (label != ignore_index)
-            y_rows, YC = y, None
-        else: y_rows, YC = y + offsets(rows, SIZES, YS), YS[3]
+        else: yb = block(y + offsets(rows, SIZES, YS), k, there, 0, C, YS[3], ACC)
         wanted = used
         if XS[3] != 1: wanted = there
-        k, xb, w, u, yb = block(BLOCKS - 1 - tile % BLOCKS, x + offsets(rows, SIZES, XS), y_rows, weight, prior, wanted, C, XS[3], YC, BLOCK, ACC)
+        xb = block(x + offsets(rows, SIZES, XS), k, wanted, -INF, C, XS[3], ACC)
         m, s = tl.load(stats + rows, mask=there, other=0.), tl.load(stats + n + rows, mask=there, other=1.)
         total, own = tl.load(stats + 2 * n + rows, mask=there, other=0.), tl.load(stats + 3 * n + rows, mask=there, other=0.)
         each = tl.load(stats + 4 * n + rows, mask=there, other=0.)
         by = factor(grad_output, inverse, scale, rows, there, EACH, ACC)
-        g = gradient(k, xb, w, u, yb, label, m, s, total, own, tl.abs(each), each < 0, by)
+        g = gradient(k, xb, yb, weight, prior, label, m, s, total, own, tl.abs(each), each < 0, by, C)
         put(grad + offsets(rows, SIZES, GS), k, g, there, used, C, GS[3])
 
 @triton.jit(do_not_specialize=['n', 'tiles', 'ignore_index'])
