@@ -69,17 +69,19 @@ def contenders(
     case:Case, # what for
     device:str='cpu', # 'cpu' or 'cuda'
     compiled:bool=True, # torch.compile the peers too?
+    backend:str='auto', # of ours; beside 'triton', the torch implementation is a peer
 ):
     "The losses to compare, a dict of name to function of logits and targets; and why others are left out, also by name."
     res,out,softmax = {},{},case.head == 'softmax'
-    if softmax:
-        res['ours'] = partial(smooth_cross_entropy, eps=EPS)
-        res['torch'],res['hard'] = partial(F.cross_entropy, label_smoothing=EPS),F.cross_entropy
-    else: res['ours'],res['eager'] = partial(smooth_binary_cross_entropy_with_logits, eps=SIGMOID_EPS),_eager
+    ours = partial(smooth_cross_entropy, eps=EPS) if softmax else partial(smooth_binary_cross_entropy_with_logits, eps=SIGMOID_EPS)
+    res['ours'] = partial(ours, backend=backend)
+    if backend == 'triton': res['ours, torch'] = partial(ours, backend='torch')
+    if softmax: res['torch'],res['hard'] = partial(F.cross_entropy, label_smoothing=EPS),F.cross_entropy
+    else: res['eager'] = _eager
     for name in ('torch', 'hard') if softmax else ('eager',):
         if compiled: res[f'{name} compiled'] = torch.compile(res[name], dynamic=False)
     if softmax and len(case.shape) == 2: _add_others(res, out, device)
-    if _installed('fastai'): _add_flat(res, case)
+    if _installed('fastai'): _add_flat(res, case, backend)
     else: out['ours Flat'] = out['fastai Flat'] = 'fastai is not installed'
     return res,out
 
@@ -93,15 +95,15 @@ def _add_others(res, out, device):
         from liger_kernel.transformers.functional import liger_cross_entropy
         res['Liger'] = lambda x,y: liger_cross_entropy(x, y, label_smoothing=EPS)
 
-def _add_flat(res, case):
+def _add_flat(res, case, backend):
     from fastai.losses import BCEWithLogitsLossFlat,LabelSmoothingCrossEntropyFlat
     from fastai_smooth import losses
     if case.head == 'softmax':
-        res['ours Flat'] = losses.LabelSmoothingCrossEntropyFlat(EPS, axis=1)
+        res['ours Flat'] = losses.LabelSmoothingCrossEntropyFlat(EPS, axis=1, backend=backend)
         res['fastai Flat'] = LabelSmoothingCrossEntropyFlat(EPS, axis=1 if len(case.shape) > 2 else -1) # with 1 it fails on (N,K)
     else:
         flat = BCEWithLogitsLossFlat()
-        res['ours Flat'] = losses.LabelSmoothingBCEWithLogitsFlat(SIGMOID_EPS)
+        res['ours Flat'] = losses.LabelSmoothingBCEWithLogitsFlat(SIGMOID_EPS, backend=backend)
         res['fastai Flat'] = lambda x,y: flat(x, _smooth(y, x))
 
 # %% ../nbs/07_bench.ipynb #841d1080
@@ -204,10 +206,10 @@ def _arguments(name, x, y):
     from fastai.torch_core import TensorBase
     return x, x.as_subclass(TensorBase), y.as_subclass(TensorBase)
 
-def steps(case, device, compiled=True):
+def steps(case, device, compiled=True, backend='auto'):
     "Functions of nothing, by name: forward and backward, and forward, on the same input. And why others are left out."
     x,y = make_input(case, device)
-    fs,out = contenders(case, device, compiled)
+    fs,out = contenders(case, device, compiled, backend)
     res,expected = {},{}
     for name,f in fs.items():
         hard,(leaf,*args) = name.startswith('hard'),_arguments(name, x, y)
@@ -240,11 +242,12 @@ def measure(
     device:str='cpu', # 'cpu' or 'cuda'
     seconds:float=3., # to go on for
     compiled:bool=True, # torch.compile the peers too?
+    backend:str='auto', # of ours
 ):
     """One dict a contender, ready for JSON: `ms` (median, quartiles), `vs_ours` (how many times as long as ours; Flat beside
     Flat), `of_copy` (time of a copy of the logits over its own), `memory` and `memory_no_grad` (in units of the logits), `host_us` and `host_vs_ours`."""
     torch._dynamo.reset()
-    x,fs,out = steps(case, device, compiled)
+    x,fs,out = steps(case, device, compiled, backend)
     buffer,source = torch.empty_like(x.detach()),x.detach()
     times = in_rounds({**{k:step for k,(step,_) in fs.items()}, 'copy': lambda: buffer.copy_(source)}, seconds, device)
     host = {k: [(h,h) for _,h in times[k]] for k in fs} if device == 'cuda' else back_to_back(fs, seconds) if x.numel() <= 2048 else {}
@@ -392,7 +395,9 @@ columns:
 On Linux, MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 in the environment keeps freed memory,
 as caching allocators do; without, getting fresh pages weighs most for large tensors.''')
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where there is torch alone: python -m fastai_smooth bench (default: cpu)')
+    p.add_argument('--backend', choices=('auto', 'torch', 'triton'), default='auto', help='of ours; triton needs a GPU (default: auto)')
     p.add_argument('--quick', action='store_true', help='few shapes, a short time each, nothing compiled')
+    p.add_argument('--seconds', type=float, help='for each case (default: 3, or .5 with --quick)')
     p.add_argument('--json', metavar='FILE', help='write all numbers there, too')
     p.add_argument('--shapes', nargs='+', metavar='SHAPE', help='such as 512x1000, 8x21x256x256 (classes second), '
                    'sigmoid:256x1000, or step for that of a Learner (default: all that README names)')
@@ -412,7 +417,7 @@ def run(cases, step, args):
     "Measure and print; yields rows, and what is left out, as they come."
     for case in cases:
         if not fits(case, args.device): yield [], {str(case): 'not enough memory'}; continue
-        rows,out = measure(case, args.device, .5 if args.quick else 3., compiled=not args.quick)
+        rows,out = measure(case, args.device, args.seconds or (.5 if args.quick else 3.), not args.quick, args.backend)
         print(f'\n{case}\n{table(rows)}', flush=True)
         yield rows,{f'{case}: {k}':v for k,v in out.items()}
     if step and not _installed('fastai'): yield [], {'step of a Learner': 'fastai is not installed'}
@@ -431,6 +436,7 @@ def bench(
         return 2
     try: cases,step = cases_of(args)
     except ValueError as e: return bad(f'--shapes: {e}')
+    if args.backend == 'triton' and args.device != 'cuda': return bad('--backend triton needs --device cuda')
     if args.device == 'cuda' and not torch.cuda.is_available(): return bad('--device cuda: torch finds no GPU here')
     try:
         if args.json: open(args.json, 'a').close() # now, rather than after all the work

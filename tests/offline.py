@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that are not here, as the launches of this package call them, and reads what comes out.
 
 A launch is recorded with its arguments rather than made: so a test looks at the very code that would run."""
-import os, re, subprocess, tempfile
+import re, subprocess, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple

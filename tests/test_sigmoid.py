@@ -1,6 +1,6 @@
 "The sigmoid loss: `F.binary_cross_entropy_with_logits` on smoothed targets, and its own rules."
 from itertools import product
-import math, random
+import math, os, random
 
 import pytest, torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference
 
-few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=int(os.environ.get('SMOOTH_TEST_SETTINGS', 60)), deadline=None, derandomize=True, database=None)
 
 
 def f64(*row): return torch.tensor([row], dtype=torch.float64)
@@ -42,7 +42,7 @@ def draw_setting(seed):
 def test_pytorch_parity(dtype, tolerance):
     "500 settings: 1-D to 4-D, weights that broadcast, every kind of target, non-contiguous; loss and gradient"
     worst = (0., None)
-    for seed in range(500):
+    for seed in range(int(os.environ.get('SMOOTH_TEST_SETTINGS', 500))):
         x, y, eps, options, g = draw_setting(seed)
         cast = lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t
         up = lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t

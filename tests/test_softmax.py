@@ -1,6 +1,6 @@
 "The softmax loss, rule by rule; parity with PyTorch is in test_parity.py, autograd in test_torch_features.py."
 from itertools import product
-import math, re, subprocess, sys
+import math, os, re, subprocess, sys
 
 import pytest, torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, softmax
 INF = math.inf
 pytestmark = pytest.mark.filterwarnings('ignore:.*weight')   # past the flip: has a test of its own
 OPTIONS = 'all', 'others', 'prior', 'matrix', 'per-class', 'multi_hot', 'multi_hot others', 'soft'
-few = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=int(os.environ.get('SMOOTH_TEST_SETTINGS', 100)), deadline=None, derandomize=True, database=None)
 
 
 def rows(n, k, dtype=torch.float64): return torch.randn(n, k, dtype=dtype), torch.randint(0, k, (n,))

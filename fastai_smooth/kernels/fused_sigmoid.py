@@ -47,7 +47,7 @@ def logits_of(i, there, x, y, prior, weight, pos_weight, loss, grad, grad_output
     return values
 
 @triton.jit(do_not_specialize=['scale', 'eps', 'tiles', 'tail'])
-def sigmoid_kernel(x, y, prior, weight, pos_weight, loss, grad, grad_output, sums, ticket, scale: 'fp64', eps: 'fp64', tiles, tail,
+def sigmoid_kernel(x, y, prior, weight, pos_weight, loss, grad, grad_output, sums, ticket, scale: tl.float64, eps: tl.float64, tiles, tail,
                    SIZES: tl.constexpr, STRIDES: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     "Loss, gradient or both: what there is a pointer for. There are so many whole `tiles`, which need no mask, and a `tail`."
     pid, programs = tl.program_id(0), tl.num_programs(0)

@@ -159,7 +159,7 @@ def one_over(weight, count):
 
 @triton.jit(do_not_specialize=['scale', 'eps', 'outer', 'tiles', 'ignore_index'])
 def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inverse, stats, sums, ticket,
-                   scale: 'fp64', eps: 'fp64', outer, tiles, ignore_index,
+                   scale: tl.float64, eps: tl.float64, outer, tiles, ignore_index,
                    C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
@@ -252,7 +252,7 @@ def put(g, k, values, there, used, C: tl.constexpr, GC: tl.constexpr):
     tl.store(g[:, None] + (at * GC)[None, :], values, mask=there[:, None] & (k < C)[None, :])
 
 @triton.jit(do_not_specialize=['scale', 'outer', 'tiles', 'ignore_index'])
-def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scale: 'fp64', outer, tiles, ignore_index,
+def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scale: tl.float64, outer, tiles, ignore_index,
                     C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
                     EACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     "The gradient by the `stats` of the forward, where rows are longer than a block: blocks of rows are independent then."
