@@ -21,7 +21,7 @@ needs_ptxas = pytest.mark.skipif(sys.platform != 'linux', reason='Triton compile
 
 # ---------------------------------------------------------------- the torch implementation's tests, interpreted
 
-PARITY = {'features': ['test_torch_features.py'], 'numbers': ['test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py']}
+PARITY = {'features': ['test_torch_features.py', 'test_triton_kernels.py'], 'numbers': ['test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py', 'test_losses.py']}
 
 
 @pytest.fixture(scope='module', autouse=True)

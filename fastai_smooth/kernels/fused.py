@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 6): raise ImportError(f'3.6 is the oldest that is known to do, this is {triton.__version__}')
+
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # kernels run on CPU tensors, slowly: for tests
 EARLY_MB = 25        # of logits, from where on the gradient is made in the forward: they no longer stay in the L2 cache till the backward
 MAX_PROGRAMS = 2048  # each of which goes over several tiles where there are more: the sum of their sums is short, and always the same

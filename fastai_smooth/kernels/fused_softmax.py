@@ -450,6 +450,7 @@ def _(grad_output, inverse, stats, x, *rest): return torch.empty_like(x)
 def _keep(ctx, inputs, output):
     x, target, weight, prior, class_eps, *ctx.rest = inputs
     ctx.save_for_backward(*output[1:], x, target, weight, prior, class_eps)
+    ctx.mark_non_differentiable(*output[1:])
 
 def _backward(ctx, grad_output, *_): return softmax_backward(grad_output, *ctx.saved_tensors, *ctx.rest), *[None] * 11
 

@@ -1,0 +1,190 @@
+"""What the tests of the torch implementation do not reach in the Triton one: its custom ops, its ways to cut up the work, and what
+it leaves to torch. In the interpreter's process (test_triton.py), or on a GPU."""
+from itertools import product
+
+import pytest, torch
+import torch.nn.functional as F
+
+pytest.importorskip('triton')
+from fastai_smooth.kernels import fused, fused_sigmoid, fused_softmax, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
+from fastai_smooth.kernels.formula import Job
+from fastai_smooth.kernels.fused_softmax import Tile
+from fastai_smooth.kernels.sigmoid import Labels
+from fastai_smooth.kernels.targets import Smoothing
+from reference import REDUCTIONS, distance, loss_and_grad, sigmoid_reference, softmax_reference
+
+DEVICE = 'cpu' if fused.INTERPRETED else 'cuda'
+pytestmark = pytest.mark.skipif(not fused.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter, or a GPU")
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    "cuts the work otherwise than the table does, and makes the gradient early or late"
+    def cut(tile=None, early=False):
+        if tile: monkeypatch.setattr(fused_softmax, 'tile_for', lambda *_: tile)
+        monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
+    return cut
+
+
+def inputs(n=6, k=10, dtype=torch.float64):
+    return torch.randn(n, k, dtype=dtype, device=DEVICE), torch.randint(k, (n,), device=DEVICE)
+
+
+def launched(monkeypatch):
+    "notes what is computed by a kernel"
+    seen = []
+    for module in (fused_softmax, fused_sigmoid):
+        for name in ('forward', 'backward'):
+            original = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, name=name, original=original, **k: (seen.append(name), original(*a, **k))[1])
+    return seen
+
+
+def same_as_reference(x, y, eps=.2, tolerance=1e-10, **options):
+    scale = torch.rand(y.shape, dtype=torch.float64) - .5 if options.get('reduction') == 'none' else 2.5
+    actual = loss_and_grad(smooth_cross_entropy, x, y, eps, grad_output=scale.to(DEVICE) if options.get('reduction') == 'none' else scale, backend='triton', **options)
+    cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    expected = softmax_reference(x.cpu(), y.cpu(), eps, grad_output=scale, **cpu)
+    assert max(distance(a.cpu(), e) for a, e in zip(actual, expected)) < tolerance
+
+
+# ---------------------------------------------------------------- several blocks a row, several programs
+
+TILES = [Tile(2, 4, 1), Tile(4, 16, 1), Tile(1, 2, 1), Tile(8, 8, 1)]
+
+
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('tile', TILES)
+def test_whole_blocks_masked(tile, early, reduction, cut):
+    "the first, the last, and all but the true class: nothing is known yet when the first block has gone by"
+    cut(tile, early)
+    x, y = inputs()
+    y[:] = torch.tensor([9, 8, 0, 1, 4, 5])
+    x[:2, :8], x[2:4, 4:], x[4:, :4], x[4:, 6:] = (-torch.inf,) * 4
+    for options in (dict(), dict(spread='others'), dict(weight=torch.rand(10, device=DEVICE) + .5, prior=torch.rand(10, device=DEVICE).softmax(0))):
+        same_as_reference(x, y, reduction=reduction, tolerance=1e-6 if 'prior' in options else 1e-10, **options)
+
+
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('tile', TILES)
+def test_a_maximum_that_moves(tile, early, cut):
+    "rising from block to block by hundreds, and falling"
+    cut(tile, early)
+    x, y = inputs()
+    x += torch.linspace(-900, 900, 10, device=DEVICE) * torch.tensor([1, -1] * 3, device=DEVICE)[:, None]
+    same_as_reference(x, y)
+
+
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('tile', TILES)
+def test_all_mass_of_the_prior_masked(tile, early, cut):
+    "uniform is what is left, in rows where that is so, with and without weights"
+    cut(tile, early)
+    x, y = inputs()
+    prior, weight = torch.tensor([.5, 0, .5] + [0] * 7, dtype=torch.float64, device=DEVICE), torch.rand(10, dtype=torch.float64, device=DEVICE) + .5
+    x[::2, 0], x[::2, 2] = -torch.inf, -torch.inf
+    y[:] = torch.tensor([1, 1, 3, 3, 9, 2])
+    for w in (None, weight):
+        loss, grad = loss_and_grad(smooth_cross_entropy, x, y, .2, prior=prior, weight=w, backend='triton')
+        expected, expected_grad = loss_and_grad(smooth_cross_entropy, x, y, .2, prior=prior, weight=w, backend='torch')
+        assert distance(loss, expected) < 1e-10 and distance(grad, expected_grad) < 1e-10
+
+
+@pytest.mark.parametrize('tile', TILES[:2])
+def test_ticket_is_zero_again(tile, cut):
+    cut(tile)
+    for _ in range(3):
+        x, y = inputs(50)
+        same_as_reference(x, y)
+        assert all(t.item() == 0 for t in fused._tickets.values()) and fused._tickets
+
+
+def test_more_tiles_than_programs(cut, monkeypatch):
+    cut(Tile(2, 16, 1))
+    monkeypatch.setattr(fused, 'MAX_PROGRAMS', 3)
+    monkeypatch.setattr(fused_sigmoid, 'BLOCK', 16)
+    x, y = inputs(23)
+    for reduction in REDUCTIONS: same_as_reference(x, y, reduction=reduction)
+    hot = (torch.rand(23, 10, device=DEVICE) < .4)
+    for reduction in REDUCTIONS:
+        actual, expected = loss_and_grad(smooth_bce, x, hot, reduction=reduction, backend='triton'), sigmoid_reference(x.cpu(), hot.cpu(), reduction=reduction)
+        assert max(distance(a.cpu(), e) for a, e in zip(actual, expected)) < 1e-10
+
+
+@pytest.mark.parametrize('by', [1., .25])
+def test_scale_in_place(by):
+    for n in (1, 4095, 4096, 4097, 9000):
+        g = torch.randn(n, device=DEVICE)
+        assert torch.equal(fused.scale_(g.clone(), torch.tensor(by, device=DEVICE)), g * by)
+
+
+# ---------------------------------------------------------------- who computes
+
+def test_what_it_takes_and_what_it_leaves(monkeypatch):
+    seen = launched(monkeypatch)
+    x, y = inputs(6, 4)
+    soft, matrix = torch.rand(6, 4, dtype=torch.float64, device=DEVICE).softmax(1), torch.rand(4, 4, dtype=torch.float64, device=DEVICE).softmax(1)
+    strange = torch.randn(3, 4, 3, 3, 3, device=DEVICE).double()[..., ::2][:, :, :2, :2]
+    for taken, args, options in ((True, (x, y), {}), (True, (x, soft), {}), (True, (x, y), dict(eps=soft[0])), (False, (x, y), dict(prior=matrix)),
+                                 (False, (x, soft.clone().requires_grad_()), {}), (False, (strange, torch.zeros(3, 2, 2, 2, dtype=torch.long, device=DEVICE)), {}),
+                                 (True, (x[0], y[0]), {}), (True, (x.T.contiguous(), y), dict(axis=0))):
+        seen.clear()
+        actual = loss_and_grad(smooth_cross_entropy, *args, backend='triton', **options)
+        assert bool(seen) == taken
+        assert max(map(distance, actual, loss_and_grad(smooth_cross_entropy, *args, backend='torch', **options))) < 1e-10
+
+
+@pytest.mark.parametrize('shape', [(0, 5), (0, 5, 3), (4, 5, 0)])
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+def test_no_rows(shape, reduction):
+    x = torch.zeros(shape, device=DEVICE)
+    for f, y in ((smooth_cross_entropy, torch.zeros(shape[:1] + shape[2:], dtype=torch.long, device=DEVICE)), (smooth_bce, x > 0)):
+        loss, grad = loss_and_grad(f, x, y, reduction=reduction, backend='triton')
+        assert loss.shape == (y.shape if reduction == 'none' else ()) and grad.shape == shape and not loss.sum()
+
+
+# ---------------------------------------------------------------- custom ops
+
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+@pytest.mark.parametrize('case', ['index', 'weight', 'soft', 'hot', 'prior', 'class eps', 'images', 'channels_last', 'long rows', 'float16', 'nothing'])
+def test_opcheck_softmax(case, reduction, cut):
+    cut(Tile(4, 4, 1) if case == 'long rows' else Tile(8, 16, 1))
+    x, y = inputs(0 if case == 'nothing' else 6, 10, torch.float16 if case == 'float16' else torch.float32)
+    v = torch.rand(10, device=DEVICE).softmax(0)
+    if case in ('images', 'channels_last'): x, y = torch.randn(2, 10, 2, 3, device=DEVICE), torch.randint(10, (2, 2, 3), device=DEVICE)
+    if case == 'channels_last': x = x.to(memory_format=torch.channels_last)
+    if case == 'soft': y = torch.rand_like(x).softmax(1)
+    if case == 'hot': y = torch.rand_like(x) < .4
+    job = Job(y, case not in ('soft', 'hot'), Smoothing(v if case == 'class eps' else .1, v if case == 'prior' else None, multi_hot=case == 'hot'), 1,
+              v if case == 'weight' else None)
+    args = (x.requires_grad_(), *fused_softmax.flat(job), reduction)
+    assert set(torch.library.opcheck(fused_softmax.softmax_forward, args).values()) == {'SUCCESS'}
+    loss, *rest = fused_softmax.softmax_forward(*args)
+    args = (torch.ones_like(loss), *rest, x.detach(), *args[1:])
+    assert set(torch.library.opcheck(fused_softmax.softmax_backward, args).values()) == {'SUCCESS'}
+
+
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+@pytest.mark.parametrize('case', ['uint8', 'factors', 'transposed', 'nothing'])
+def test_opcheck_sigmoid(case, reduction):
+    x = torch.randn(0 if case == 'nothing' else 6, 5, device=DEVICE)
+    if case == 'transposed': x = x.T
+    v = torch.rand(x.shape[-1:], device=DEVICE).expand(x.shape) if case == 'factors' else None
+    args = (x.requires_grad_(), *fused_sigmoid.flat(Labels((x > 0).to(torch.uint8), .05, v, v, v)), reduction)
+    assert set(torch.library.opcheck(fused_sigmoid.sigmoid_forward, args).values()) == {'SUCCESS'}
+    args = (torch.ones_like(fused_sigmoid.sigmoid_forward(*args)), x.detach(), *args[1:])
+    assert set(torch.library.opcheck(fused_sigmoid.sigmoid_backward, args).values()) == {'SUCCESS'}
+
+
+@pytest.mark.parametrize('head,backend', product(['softmax', 'sigmoid'], ['eager', 'aot_eager', 'inductor']))
+def test_compiled_step(head, backend, monkeypatch):
+    "the kernels stand in the graph, with eager's numbers"
+    seen = launched(monkeypatch)
+    x, y = inputs(6, 10, torch.float32)
+    f = (lambda x, y: smooth_cross_entropy(x, y, backend='triton')) if head == 'softmax' else (lambda x, y: smooth_bce(x, F.one_hot(y, 10), backend='triton'))
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
+    actual = loss_and_grad(compiled, x, y)
+    assert seen == ['forward', 'backward']
+    assert max(map(distance, actual, loss_and_grad(f, x, y))) < 1e-6
