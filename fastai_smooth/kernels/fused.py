@@ -4,7 +4,6 @@ No launch waits for the GPU, looks at a value, or is compiled again for another 
 from __future__ import annotations
 import os
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import NamedTuple
 import torch
 import triton
@@ -74,9 +73,6 @@ class Walk(NamedTuple):
     strides: tuple  # of each tensor, three
     order: tuple    # in which the axes of the tensors are gone over
 
-    @property
-    def count(self): return self.outer * self.sizes[0] * self.sizes[1]
-
     def in_order(self, v: Tensor) -> Tensor:
         "A tensor of the same shape with its axes in the order of the walk."
         return v if self.order == tuple(range(v.dim())) else v.permute(self.order)
@@ -85,7 +81,6 @@ class Walk(NamedTuple):
         "The elements `v`, one after another as the walk meets them, in that shape."
         return v.view([shape[d] for d in self.order]).permute([self.order.index(d) for d in range(len(shape))])
 
-@lru_cache(1024)
 def walk(shape, *strides) -> Walk | None:
     """The fewest axes to go over `shape` for tensors of these `strides`, in the order in which the first one lies in memory.
 

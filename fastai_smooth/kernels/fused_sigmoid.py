@@ -3,6 +3,7 @@
 The formula is that of `sigmoid.py`; here with e = exp(-|x|), which cannot overflow: sigmoid(x) is 1 / (1 + e) or e / (1 + e),
 and softplus(-|x|) = log1p(e) = log(1 + e), plus what 1 + e lost by rounding."""
 from __future__ import annotations
+from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
@@ -71,7 +72,9 @@ def walk_of(x: Tensor, labels: Labels, like: Tensor, grad_output: Tensor | None 
     "How to go over the logits and, in this order, labels, prior, weight, pos_weight, what is `like` the gradient, and its factors."
     there = lambda v: v if v is not None else x
     tensors = x, labels.target, there(labels.prior), there(labels.weight), there(labels.pos_weight), like, there(grad_output)
-    return fused.walk(tuple(x.shape), *(v.stride() for v in tensors))
+    return walk(tuple(x.shape), *(v.stride() for v in tensors))
+
+walk = lru_cache(1024)(fused.walk)  # a training sees the same ones again and again
 
 def takes(x: Tensor, labels: Labels) -> bool:
     "Can the kernel do it? There are layouts of too many axes."

@@ -8,6 +8,8 @@ A * softmax(x) - t. In the terms of a row (`targets.py` has the formula of q)
 so one pass over the row gives all that loss and gradient need: the maximum, the sum of exponentials, and for each of the
 weightings u, w * u, w * y the sum over the classes that are not masked (-inf), with and without the logit."""
 from __future__ import annotations
+import math
+from functools import lru_cache
 from typing import NamedTuple
 import torch
 import triton
@@ -254,7 +256,7 @@ def put(g, k, values, there, used, C: tl.constexpr, GC: tl.constexpr):
 @triton.jit(do_not_specialize=['scale', 'outer', 'tiles', 'ignore_index'])
 def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scale: tl.float64, outer, tiles, ignore_index,
                     C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
-                    EACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     "The gradient by the `stats` of the forward, where rows are longer than a block: blocks of rows are independent then."
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     n = tl.cast(outer, tl.int64) * (SIZES[0] * SIZES[1])
@@ -297,85 +299,86 @@ def count_kernel(y, weight, inverse, sums, ticket, n, tiles, ignore_index, C: tl
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-def rows_of(x: Tensor, job: Job, *others: Tensor) -> fused.Walk | None:
-    "How to go over the rows: of the logits, of dense targets, and of others shaped like the logits."
-    tensors = (x, *others) if job.is_index else (x, job.target, *others)
-    drop = lambda v: v[:job.axis] + v[job.axis+1:]
-    return fused.walk(drop(tuple(x.shape)), *(drop(v.stride()) for v in tensors))
+class Plan(NamedTuple):
+    "What the launches for logits, targets and gradients of some shape, strides and dtype have in common."
+    walk: fused.Walk
+    rows: int
+    tiles: int      # of rows
+    blocks: int     # of classes
+    options: dict   # of the compilation
+
+@lru_cache(1024)  # a training sees the same ones again and again
+def plan(shape, axis, dtype, smoothing, tile, x, y, grad) -> Plan | None:
+    "None where no kernel can go over it. `x`, `y` (None for class indices) and `grad` are strides."
+    drop = lambda v: v[:axis] + v[axis+1:]
+    walk = fused.walk(drop(shape), *(drop(v) for v in (x, grad, y or x)))
+    if walk is None: return None
+    multi_hot, others = smoothing
+    XS, GS, YS = ((*at, v[axis]) for at, v in zip(walk.strides, (x, grad, y or x)))
+    options = dict(C=shape[axis], SIZES=walk.sizes, XS=XS, YS=YS if y else None, GS=GS, INDEX=y is None, MULTI_HOT=multi_hot, OTHERS=others,
+                   ROWS=tile.rows, BLOCK=tile.block, ACC=fused.TYPES[dtype], num_warps=tile.warps, num_ctas=tile.ctas)
+    rows = math.prod(drop(shape))
+    return Plan(walk, rows, -(-rows // tile.rows), -(-shape[axis] // tile.block), options)
+
+def plan_for(x: Tensor, job: Job, grad: Tensor | None = None) -> Plan | None:
+    "The gradient lies as the logits do, if there is none yet."
+    s, axis, strides = job.smoothing, job.axis, x.stride()
+    return plan(tuple(x.shape), axis, accumulator(x), (s.multi_hot, s.spread == 'others'), tile_for(x.shape[axis], strides[axis]), strides,
+                None if job.is_index else job.target.stride(), strides if grad is None else grad.stride())
 
 def takes(x: Tensor, job: Job) -> bool:
     "Can the kernel do it? One prior a class would be another pass over a matrix; and there are layouts of too many axes."
     prior = job.smoothing.prior
     if x.dtype not in fused.FLOATS or prior is not None and prior.dim() == 2: return False
-    return x.dim() <= 4 or not torch.compiler.is_compiling() and rows_of(x, job) is not None
+    return x.dim() <= 4 or not torch.compiler.is_compiling() and plan_for(x, job) is not None
 
-class Call(NamedTuple):
-    "What all launches for some logits have in common."
-    walk: fused.Walk
-    inputs: tuple   # y, weight, prior
-    class_eps: Tensor | None
-    eps: float
-    numbers: dict
-    options: dict
-
-    @classmethod
-    def of(cls, x: Tensor, job: Job, grad: Tensor | None = None):
-        s, axis, walk = job.smoothing, job.axis, rows_of(x, job, *(() if grad is None else (grad,)))
-        packed = lambda v: None if v is None else v.contiguous()
-        y = walk.in_order(job.target).contiguous() if job.is_index else job.target
-        strides = [(*at, v.stride(axis)) for at, v in zip(walk.strides, (x, *(() if job.is_index else (y,)), *(() if grad is None else (grad,))))]
-        tile, each = tile_for(x.shape[axis], x.stride(axis)), isinstance(s.eps, Tensor)
-        options = dict(C=x.shape[axis], SIZES=walk.sizes, XS=strides[0], YS=None if job.is_index else strides[1], GS=strides[0 if grad is None else -1],
-                       INDEX=job.is_index, ROWS=tile.rows, BLOCK=tile.block, ACC=fused.TYPES[accumulator(x)], num_warps=tile.warps, num_ctas=tile.ctas)
-        tiles = triton.cdiv(walk.count, tile.rows)
-        return cls(walk, (y, packed(job.weight), packed(s.prior)), packed(s.eps) if each else None, 0. if each else s.eps,
-                   dict(outer=walk.outer, tiles=tiles, ignore_index=job.ignore_index), options)
-
-    def blocks(self): return triton.cdiv(self.options['C'], self.options['BLOCK'])
-
-def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, keep: bool = False):
-    """The loss; one over what it is a mean of, where only the device knows; and, to `keep` for the backward, what `gradient_kernel`
-    needs of long rows. `grad`, if given, gets the gradient."""
-    if x.is_cpu and job.is_index: check_indices(job.target, x.shape[job.axis], job.target == job.ignore_index)
-    call, acc, each = Call.of(x, job, grad), accumulator(x), reduction == 'none'
-    new = lambda *shape: torch.empty(shape, dtype=acc, device=x.device)
-    inverse = new() if reduction == 'mean' and job.is_index else None
-    stats = new(5, call.walk.count) if keep and call.blocks() > 1 else None
-    loss = new(call.walk.count) if each else new()
-    n, s, ticket = fused.programs(call.numbers['tiles']), job.smoothing, fused.ticket(x.device)
-    sums = None if each else new(3 * n)
-    count = inverse is not None and grad is None
-    with fused.on(x):
-        if inverse is not None and not count: count_rows(call, inverse)
-        softmax_kernel[(n,)](x, *call.inputs, call.class_eps, loss, grad, None, inverse, stats, sums, ticket, scale_of(x, job, reduction), call.eps,
-                             **call.numbers, **call.options, MULTI_HOT=s.multi_hot, OTHERS=s.spread == 'others', EACH=each, COUNT=count)
-    return call.walk.out_of_order(loss, x.shape[:job.axis] + x.shape[job.axis+1:]) if each else loss, inverse, stats
+def inputs(plan: Plan, job: Job):
+    "y, weight, prior and class_eps as the kernels want them, and eps as a number."
+    packed = lambda v: None if v is None else v.contiguous()
+    s, y = job.smoothing, plan.walk.in_order(job.target).contiguous() if job.is_index else job.target
+    class_eps, eps = (packed(s.eps), 0.) if isinstance(s.eps, Tensor) else (None, s.eps)
+    return (y, packed(job.weight), packed(s.prior)), class_eps, eps
 
 def scale_of(x, job, reduction):
     "What the host knows of the factor between the sum of the rows' losses and the loss."
     return x.shape[job.axis] / x.numel() if reduction == 'mean' and not job.is_index else 1.
 
-def count_rows(call: Call, inverse: Tensor):
-    y, weight, _ = call.inputs
-    tiles = triton.cdiv(y.numel(), 4096)
+def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, keep: bool = False):
+    """The loss; one over what it is a mean of, where only the device knows; and, to `keep` for the backward, what `gradient_kernel`
+    needs of long rows. `grad`, if given, gets the gradient."""
+    if x.is_cpu and job.is_index: check_indices(job.target, x.shape[job.axis], job.target == job.ignore_index)
+    p, acc, each = plan_for(x, job, grad), accumulator(x), reduction == 'none'
+    tensors, class_eps, eps = inputs(p, job)
+    new = lambda *shape: torch.empty(shape, dtype=acc, device=x.device)
+    inverse = new() if reduction == 'mean' and job.is_index else None
+    stats = new(5, p.rows) if keep and p.blocks > 1 else None
+    loss, n = new(p.rows) if each else new(), fused.programs(p.tiles)
+    sums, ticket = (None, None) if each else (new(3 * n), fused.ticket(x.device))
+    count = inverse is not None and grad is None
+    with fused.on(x):
+        if inverse is not None and not count: count_rows(*tensors[:2], inverse, job.ignore_index, p.options)
+        softmax_kernel[(n,)](x, *tensors, class_eps, loss, grad, None, inverse, stats, sums, ticket, scale_of(x, job, reduction), eps,
+                             p.walk.outer, p.tiles, job.ignore_index, **p.options, EACH=each, COUNT=count)
+    return p.walk.out_of_order(loss, x.shape[:job.axis] + x.shape[job.axis+1:]) if each else loss, inverse, stats
+
+def count_rows(y: Tensor, weight: Tensor | None, inverse: Tensor, ignore_index: int, options: dict):
+    tiles = -(-y.numel() // 4096)
     n = fused.programs(tiles)
-    count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), fused.ticket(y.device), y.numel(), tiles, call.numbers['ignore_index'],
-                       C=call.options['C'], BLOCK=4096, ACC=call.options['ACC'], num_warps=8)
+    count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), fused.ticket(y.device), y.numel(), tiles, ignore_index,
+                       C=options['C'], BLOCK=4096, ACC=options['ACC'], num_warps=8)
 
 def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None):
     "The gradient times `grad_output`, rounded once."
-    grad = torch.empty_like(x)
-    call, s, each = Call.of(x, job, grad), job.smoothing, reduction == 'none'
-    grad_output = call.walk.in_order(grad_output).contiguous() if each else grad_output
-    scale = scale_of(x, job, reduction)
+    grad, each = torch.empty_like(x), reduction == 'none'
+    p = plan_for(x, job, grad)
+    tensors, class_eps, eps = inputs(p, job)
+    if each: grad_output = p.walk.in_order(grad_output).contiguous()
+    scale, tiles = scale_of(x, job, reduction), p.tiles * (1 if stats is None else p.blocks)
+    where = p.walk.outer, tiles, job.ignore_index
     with fused.on(x):
-        if stats is None:
-            softmax_kernel[(fused.programs(call.numbers['tiles']),)](
-                x, *call.inputs, call.class_eps, None, grad, grad_output, inverse, None, None, None, scale, call.eps,
-                **call.numbers, **call.options, MULTI_HOT=s.multi_hot, OTHERS=s.spread == 'others', EACH=each, COUNT=False)
-        else:
-            numbers = call.numbers | dict(tiles=call.numbers['tiles'] * call.blocks())
-            gradient_kernel[(fused.programs(numbers['tiles']),)](x, *call.inputs, grad, grad_output, inverse, stats, scale, **numbers, **call.options, EACH=each)
+        if stats is None: softmax_kernel[(fused.programs(tiles),)](x, *tensors, class_eps, None, grad, grad_output, inverse, None, None, None, scale, eps, *where,
+                                                                   **p.options, EACH=each, COUNT=False)
+        else: gradient_kernel[(fused.programs(tiles),)](x, *tensors, grad, grad_output, inverse, stats, scale, *where, **p.options, EACH=each)
     return grad
 
 class FusedSoftmaxLoss(torch.autograd.Function):
