@@ -45,8 +45,9 @@ def check():
                 torch.autograd.grad(loss, x, torch.full_like(loss, 2.))
         for dtype in (torch.float32, torch.float16):
             x = torch.randn(33, 301, device=DEVICE, dtype=dtype, requires_grad=True)
-            loss = smooth_binary_cross_entropy_with_logits(x, (x > 1).to(torch.uint8), backend='triton')
-            torch.autograd.grad(loss, x, torch.full_like(loss, 2.))
+            for reduction in ('mean', 'none'):
+                loss = smooth_binary_cross_entropy_with_logits(x, (x > 1).to(torch.uint8), reduction=reduction, backend='triton')
+                torch.autograd.grad(loss, x, torch.full_like(loss, 2.))
     torch.cuda.synchronize()
     print('checked')
 

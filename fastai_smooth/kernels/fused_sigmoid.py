@@ -15,51 +15,58 @@ from .fused import offsets, sum_up
 from .sigmoid import Labels, plain_loss
 
 BLOCK, WARPS = 4096, 8
+STRIDES = 'XS', 'YS', 'US', 'WS', 'CS', 'GS', 'OS'  # of logits, labels, prior, weight, pos_weight, the gradient, and what it is multiplied by
 
 @triton.jit
-def logits_of(i, there, x, y, prior, weight, pos_weight, loss, grad, grad_output, scale, eps, SIZES: tl.constexpr, STRIDES: tl.constexpr,
+def logits_of(i, there, x, y, prior, weight, pos_weight, loss, grad, grad_output, scale, eps, SIZES: tl.constexpr,
+              XS: tl.constexpr, YS: tl.constexpr, US: tl.constexpr, WS: tl.constexpr, CS: tl.constexpr, GS: tl.constexpr, OS: tl.constexpr,
               EACH: tl.constexpr, ACC: tl.constexpr):
     "The losses of the logits number `i` (all, or those that are `there`), and into `grad` their gradient."
-    z = tl.load(x + offsets(i, SIZES, STRIDES[0]), mask=there).to(ACC)
-    label = tl.load(y + offsets(i, SIZES, STRIDES[1]), mask=there).to(ACC)
+    z = tl.load(x + offsets(i, SIZES, XS), mask=there).to(ACC)
+    label = tl.load(y + offsets(i, SIZES, YS), mask=there).to(ACC)
     smoothing = tl.full((), eps, ACC)
     if prior is None: q = (1 - 2 * smoothing) * label + smoothing
-    else: q = (1 - 2 * smoothing) * label + 2 * smoothing * tl.load(prior + offsets(i, SIZES, STRIDES[2]), mask=there)
+    else: q = (1 - 2 * smoothing) * label + 2 * smoothing * tl.load(prior + offsets(i, SIZES, US), mask=there)
     e = tl.exp(-tl.abs(z))
     u = 1 + e
     positive, factor = q, None
     if pos_weight is not None:
-        c = tl.load(pos_weight + offsets(i, SIZES, STRIDES[4]), mask=there)
+        c = tl.load(pos_weight + offsets(i, SIZES, CS), mask=there)
         positive, factor = c * q, 1 + (c - 1) * q
-    if weight is not None: w = tl.load(weight + offsets(i, SIZES, STRIDES[3]), mask=there)
+    if weight is not None: w = tl.load(weight + offsets(i, SIZES, WS), mask=there)
     if grad is not None:
         g = tl.where(z >= 0, 1., e) / u
         if factor is not None: g = factor * g
         g -= positive
         if weight is not None: g *= w
         g *= tl.full((), scale, ACC)
-        if grad_output is not None: g *= tl.load(grad_output + offsets(i, SIZES, STRIDES[6])).to(ACC) if EACH else tl.load(grad_output).to(ACC)
-        tl.store(grad + offsets(i, SIZES, STRIDES[5]), g.to(grad.dtype.element_ty), mask=there)
+        if grad_output is not None:
+            if EACH: g *= tl.load(grad_output + offsets(i, SIZES, OS), mask=there).to(ACC)
+            else: g *= tl.load(grad_output).to(ACC)
+        tl.store(grad + offsets(i, SIZES, GS), g.to(grad.dtype.element_ty), mask=there)
     values = tl.log(u) + (e - (u - 1)) / u
     if factor is not None: values *= factor
     values += z * (tl.where(z > 0, 1 - q, -positive))
     if weight is not None: values *= w
-    if loss is not None and EACH: tl.store(loss + offsets(i, SIZES, STRIDES[5]), values, mask=there)
+    if loss is not None and EACH: tl.store(loss + offsets(i, SIZES, GS), values, mask=there)
     return values
 
 @triton.jit(do_not_specialize=['scale', 'eps', 'tiles', 'tail'])
 def sigmoid_kernel(x, y, prior, weight, pos_weight, loss, grad, grad_output, sums, ticket, scale: tl.float64, eps: tl.float64, tiles, tail,
-                   SIZES: tl.constexpr, STRIDES: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+                   SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, US: tl.constexpr, WS: tl.constexpr, CS: tl.constexpr, GS: tl.constexpr, OS: tl.constexpr,
+                   EACH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     "Loss, gradient or both: what there is a pointer for. There are so many whole `tiles`, which need no mask, and a `tail`."
     pid, programs = tl.program_id(0), tl.num_programs(0)
     total = tl.zeros([BLOCK], ACC)
     for tile in range(pid, tiles, programs):
         i = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total += logits_of(i, None, x, y, prior, weight, pos_weight, loss, grad, grad_output, scale, eps, SIZES, STRIDES, EACH, ACC)
+        total += logits_of(i, None, x, y, prior, weight, pos_weight, loss, grad, grad_output, scale, eps, SIZES,
+                           XS, YS, US, WS, CS, GS, OS, EACH, ACC)
     if (tail > 0) & (pid == programs - 1):
         there = tl.arange(0, BLOCK) < tail
         i = tl.cast(tiles, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        values = logits_of(i, there, x, y, prior, weight, pos_weight, loss, grad, grad_output, scale, eps, SIZES, STRIDES, EACH, ACC)
+        values = logits_of(i, there, x, y, prior, weight, pos_weight, loss, grad, grad_output, scale, eps, SIZES,
+                           XS, YS, US, WS, CS, GS, OS, EACH, ACC)
         total += tl.where(there, values, 0.)
     if loss is not None and not EACH:
         sum_loss = tl.sum(total, 0)
@@ -93,8 +100,8 @@ def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: T
     sums = loss.new_empty(3 * n) if summed else None
     with fused.on(x):
         sigmoid_kernel[(n,)](x, labels.target, labels.prior, labels.weight, labels.pos_weight, loss, grad, grad_output, sums,
-                             fused.ticket(x.device) if summed else None, scale, labels.eps, tiles, tail, SIZES=walk.sizes, STRIDES=walk.strides, EACH=each,
-                             BLOCK=BLOCK, ACC=fused.TYPES[accumulator(x)], num_warps=WARPS)
+                             fused.ticket(x.device) if summed else None, scale, labels.eps, tiles, tail, SIZES=walk.sizes, EACH=each,
+                             **dict(zip(STRIDES, walk.strides)), BLOCK=BLOCK, ACC=fused.TYPES[accumulator(x)], num_warps=WARPS)
 
 def forward(x: Tensor, labels: Labels, reduction: str, grad: Tensor | None = None) -> Tensor:
     "The loss; `grad`, if given, gets its gradient."
