@@ -6,7 +6,7 @@ forward or in the backward, and in how it cuts up its work: several blocks a row
 import itertools, sys
 from functools import wraps
 
-import pytest, torch, triton
+import numpy as np, pytest, torch, triton
 
 from fastai_smooth import kernels
 from fastai_smooth.kernels import functional, fused, fused_sigmoid, fused_softmax
@@ -99,6 +99,33 @@ class Patched:
 if fused.INTERPRETED:
     from triton.runtime import interpreter
     interpreter._patch_lang = Patched(interpreter._patch_lang)
+
+class InBounds:
+    "Every address that a kernel reads or writes has to be in one of its arguments: the interpreter itself would read any memory."
+    def __init__(self):
+        call, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
+        def launch(executor, *args, **kwargs):
+            self.ranges = [self.extent(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.numel()]
+            return call(executor, *args, **kwargs)
+        interpreter.GridExecutor.__call__ = launch
+        for name in ('create_masked_load', 'create_masked_store'): setattr(builder, name, self.checked(getattr(builder, name), name))
+
+    def extent(self, v):
+        return v.data_ptr(), v.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(v.shape, v.stride()))) * v.element_size()
+
+    def checked(self, original, name):
+        def access(builder, ptrs, *rest):
+            mask = rest[0] if name == 'create_masked_load' else rest[1]
+            at = np.asarray(ptrs.data).astype(np.int64)
+            at = at[np.broadcast_to(np.asarray(mask.data), at.shape).astype(bool)]
+            inside = np.zeros(at.shape, bool)
+            for start, end in self.ranges: inside |= (at >= start) & (at < end)
+            if not inside.all(): raise IndexError(f'{name} out of bounds at {(~inside).sum()} addresses')
+            return original(builder, ptrs, *rest)
+        return access
+
+
+if fused.INTERPRETED: InBounds()
 
 # test -> why it says nothing about the Triton implementation
 HOST_MEMORY = 'measures what the host allocates: the benchmark measures a GPU'

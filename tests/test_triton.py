@@ -42,11 +42,11 @@ VERSION = '.'.join(triton.__version__.split('.')[:2])
 WIDE = {'classes next to each other': 128256, 'rows next to each other': 300}   # for the last entries, which have no most
 
 
-def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1, reduction='mean', weight=None, ignore_index=-100, **smoothing):
+def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1, reduction='mean', weight=None, ignore_index=-100, index=torch.int64, **smoothing):
     "The launches of a loss and its backward; `early`: as of so many logits that the gradient is made in the forward"
     x, rows = torch.zeros(shape, dtype=dtype), shape[:1] + shape[2:]
     dense = soft or smoothing.get('multi_hot')
-    y = torch.zeros(shape, dtype=torch.uint8 if smoothing.get('multi_hot') else dtype) if dense else torch.zeros(rows, dtype=torch.int64)
+    y = torch.zeros(shape, dtype=torch.uint8 if smoothing.get('multi_hot') else dtype) if dense else torch.zeros(rows, dtype=index)
     job = Job(y, not dense, Smoothing(eps, **smoothing), 1, weight, ignore_index)
     with recorded() as launches:
         grad = torch.empty_like(x) if early else None
@@ -82,6 +82,7 @@ def entries():
     for name, options in dict(soft=dict(soft=True), prior=dict(prior=v, weight=v), weight=dict(weight=v), others=dict(spread='others'), each=dict(reduction='none'),
                               hot=dict(multi_hot=True, spread='others', weight=v), eps=dict(eps=v), float16=dict(dtype=torch.float16)).items():
         yield f'softmax, {name}, sm_90', 90, softmax_launches((4, 1000), **options)
+    yield 'softmax, one class, int32, sm_90', 90, softmax_launches((64, 1), index=torch.int32)
     yield 'softmax, float64, sm_90', 90, softmax_launches((4, 40), torch.float64)
     yield 'softmax, long rows, soft, prior, weight, sm_90', 90, softmax_launches((4, 20000), soft=True, prior=torch.ones(20000), weight=torch.ones(20000))
     for dtype, target in product((torch.float32, torch.bfloat16), (torch.uint8, torch.bool, torch.float32)):

@@ -1,6 +1,7 @@
 """What the tests of the torch implementation do not reach in the Triton one: its custom ops, its ways to cut up the work, and what
 it leaves to torch. In the interpreter's process (test_triton.py), or on a GPU."""
 from itertools import product
+import sys
 
 import pytest, torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from fastai_smooth.kernels.sigmoid import Labels
 from fastai_smooth.kernels.targets import Smoothing
 from reference import REDUCTIONS, distance, loss_and_grad, sigmoid_reference, softmax_reference
 
+TABLE = sys.modules['on_triton'].tile_for if 'on_triton' in sys.modules else fused_softmax.tile_for
 DEVICE = 'cpu' if fused.INTERPRETED else 'cuda'
 pytestmark = pytest.mark.skipif(not fused.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter, or a GPU")
 
@@ -20,6 +22,8 @@ pytestmark = pytest.mark.skipif(not fused.INTERPRETED and not torch.cuda.is_avai
 @pytest.fixture
 def cut(monkeypatch):
     "cuts the work otherwise than the table does, and makes the gradient early or late"
+    if 'on_triton' in sys.modules: monkeypatch.setattr(sys.modules['on_triton'], 'take_turn', lambda *_: None)
+    monkeypatch.setattr(fused_softmax, 'tile_for', TABLE)
     def cut(tile=None, early=False):
         if tile: monkeypatch.setattr(fused_softmax, 'tile_for', lambda *_: tile)
         monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
@@ -144,6 +148,62 @@ def test_no_rows(shape, reduction):
         assert loss.shape == (y.shape if reduction == 'none' else ()) and grad.shape == shape and not loss.sum()
 
 
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('tile', [None, Tile(2, 2, 1)])
+@pytest.mark.parametrize('case', ['index', 'class eps', 'soft', 'hot', 'prior'])
+def test_masked_by_the_least_number(case, tile, early, cut):
+    "as Hugging Face does: their sum is -inf, which must not meet a smoothing of 0"
+    cut(tile, early)
+    least, eps, options = torch.finfo(torch.float32).min, 0., {}
+    x = torch.tensor([[1., 2., least, least, .5], [least, least, 3., least, 0.]], device=DEVICE)
+    y = torch.tensor([1, 2], device=DEVICE)
+    if case == 'class eps': eps = torch.zeros(5, device=DEVICE)
+    if case in ('soft', 'hot'): y = F.one_hot(y, 5)
+    if case == 'soft': y = y.float()
+    if case == 'hot': options = dict(multi_hot=True)
+    if case == 'prior': eps, options = .1, dict(prior=torch.tensor([0, .5, 0, 0, .5], device=DEVICE))
+    actual, expected = (loss_and_grad(smooth_cross_entropy, x, y, eps, backend=b, **options) for b in ('triton', 'torch'))
+    if case == 'prior': actual, expected = ([v[:1] for v in loss_and_grad(smooth_cross_entropy, x, y, eps, reduction='none', backend=b, **options)] for b in ('triton', 'torch'))
+    assert max(map(distance, actual, expected)) < 1e-6
+
+
+def test_layout_that_the_gradient_does_not_share():
+    "axes that overlap: the gradient, which is dense, has one more to go over, and torch does it"
+    x, y = torch.randn(48, device=DEVICE).as_strided((2, 2, 2, 3, 2), (1, 0, 4, 8, 24)), torch.zeros(2, 2, 3, 2, dtype=torch.long, device=DEVICE)
+    actual, expected = (loss_and_grad(smooth_cross_entropy, x, y, axis=2, backend=b) for b in ('triton', 'torch'))
+    assert max(map(distance, actual, expected)) < 1e-6
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'none'])
+def test_hooks_that_give_other_strides(reduction, cut):
+    "activation offloading may: what was kept of the rows is in the old order"
+    cut(Tile(2, 4, 1))
+    x, y = torch.randn(3, 12, 5, 4, device=DEVICE).transpose(2, 3).requires_grad_(), torch.randint(12, (3, 4, 5), device=DEVICE)
+    def grad():
+        loss = smooth_cross_entropy(x, y, reduction=reduction, backend='triton')
+        return torch.autograd.grad(loss, x, torch.ones_like(loss))[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous().clone(memory_format=torch.contiguous_format), lambda t: t): hooked = grad()
+    assert distance(hooked, grad()) < 1e-6
+
+
+def test_negated_views():
+    "the imaginary part of a conjugate is a view that is to be read with the other sign"
+    c, y = torch.randn(6, 4, dtype=torch.complex64, device=DEVICE), torch.randint(4, (6,), device=DEVICE)
+    x = c.conj().imag
+    assert x.is_neg()
+    for f, target in ((smooth_cross_entropy, y), (smooth_cross_entropy, c.imag.abs()), (smooth_bce, (c.imag > 0).float()), (smooth_bce, x)):
+        assert distance(f(x, target, backend='triton'), f(-c.imag, target.resolve_neg(), backend='torch')) < 1e-6
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    x, y = inputs(6, 5)
+    same_as_reference(x, y.to(dtype))
+    same_as_reference(x[:, :1], y.to(dtype) * 0)
+    if dtype == torch.uint8 and fused.INTERPRETED:
+        with pytest.raises(IndexError, match='156'): smooth_cross_entropy(x, torch.full((6,), 156, dtype=dtype), backend='triton')
+
+
 # ---------------------------------------------------------------- custom ops
 
 @pytest.mark.parametrize('reduction', REDUCTIONS)
@@ -158,7 +218,7 @@ def test_opcheck_softmax(case, reduction, cut):
     if case == 'hot': y = torch.rand_like(x) < .4
     job = Job(y, case not in ('soft', 'hot'), Smoothing(v if case == 'class eps' else .1, v if case == 'prior' else None, multi_hot=case == 'hot'), 1,
               v if case == 'weight' else None)
-    args = (x.requires_grad_(), *fused_softmax.flat(job), reduction)
+    args = (x.requires_grad_(), *fused_softmax.flat(job, x), reduction)
     assert set(torch.library.opcheck(fused_softmax.softmax_forward, args).values()) == {'SUCCESS'}
     loss, *rest = fused_softmax.softmax_forward(*args)
     args = (torch.ones_like(loss), *rest, x.detach(), *args[1:])
@@ -171,7 +231,7 @@ def test_opcheck_sigmoid(case, reduction):
     x = torch.randn(0 if case == 'nothing' else 6, 5, device=DEVICE)
     if case == 'transposed': x = x.T
     v = torch.rand(x.shape[-1:], device=DEVICE).expand(x.shape) if case == 'factors' else None
-    args = (x.requires_grad_(), *fused_sigmoid.flat(Labels((x > 0).to(torch.uint8), .05, v, v, v)), reduction)
+    args = (x.requires_grad_(), *fused_sigmoid.flat(Labels((x > 0).to(torch.uint8), .05, v, v, v), x), reduction)
     assert set(torch.library.opcheck(fused_sigmoid.sigmoid_forward, args).values()) == {'SUCCESS'}
     args = (torch.ones_like(fused_sigmoid.sigmoid_forward(*args)), x.detach(), *args[1:])
     assert set(torch.library.opcheck(fused_sigmoid.sigmoid_backward, args).values()) == {'SUCCESS'}
@@ -188,3 +248,36 @@ def test_compiled_step(head, backend, monkeypatch):
     actual = loss_and_grad(compiled, x, y)
     assert seen == ['forward', 'backward']
     assert max(map(distance, actual, loss_and_grad(f, x, y))) < 1e-6
+
+
+@pytest.mark.parametrize('head', ['softmax', 'sigmoid'])
+def test_compiled_for_any_eps(head):
+    "a schedule of eps compiles twice, on either backend: when it first changes, it becomes a number that may"
+    from torch._dynamo.testing import CompileCounterWithBackend
+    x, y = inputs(6, 10, torch.float32)
+    def f(x, y, eps, backend): return smooth_cross_entropy(x, y, eps, backend=backend) if head == 'softmax' else smooth_bce(x, F.one_hot(y, 10), eps, backend=backend)
+    for backend in ('torch', 'triton'):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend('aot_eager')
+        compiled = torch.compile(f, fullgraph=True, backend=counter)
+        for eps in torch.linspace(0, .4, 12).tolist():
+            assert max(map(distance, loss_and_grad(compiled, x, y, eps, backend=backend), loss_and_grad(f, x, y, eps, 'torch'))) < 1e-6
+        assert counter.frame_count == 2, backend
+
+
+def test_ops_leave_no_ticket_behind(monkeypatch):
+    "what an op allocates may lie in the memory of a CUDA graph"
+    monkeypatch.setattr(fused, '_tickets', {})
+    x, y = inputs(6, 10, torch.float32)
+    torch._dynamo.reset()
+    torch.compile(lambda x, y: smooth_cross_entropy(x, y, backend='triton'), fullgraph=True, backend='eager')(x, y)
+    torch.compile(lambda x, y: smooth_bce(x, x > 0, backend='triton'), fullgraph=True, backend='eager')(x, y)
+    assert not fused._tickets
+
+
+def test_out_of_bounds_is_noticed():
+    "by the interpreter as on_triton.py sets it up: the other tests rely on it"
+    import os
+    if os.environ.get('SMOOTH_TEST_BACKEND') != 'triton' or not fused.INTERPRETED: pytest.skip('only in the process of test_triton.py')
+    g = torch.ones(8)
+    with pytest.raises(Exception, match='out of bounds'): fused.scale_kernel[(1,)](g[:4], torch.tensor(2.), 8, 0, BLOCK=16)

@@ -111,6 +111,9 @@ def check_needs_no_index(s: Smoothing):
     if isinstance(s.eps, Tensor): raise ValueError("one eps a class needs class indices as targets, got soft targets")
     if s.prior is not None and s.prior.dim() == 2: raise ValueError("a prior of shape [K,K] needs class indices as targets, got soft targets")
 
+def check_device(x, target):
+    if target.device != x.device: raise ValueError(f"target is on {target.device}, input on {x.device}: move one of them")
+
 def check_reduction(reduction):
     if reduction not in REDUCTIONS: raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from . import sigmoid, softmax
 from .backward import opaque, tracing
-from .checks import (check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
+from .checks import (check_device, check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
                      check_reduction, check_smoothing, check_targets, class_axis, is_index)
 from .formula import Job, accumulator
 from .indices import looked_up
@@ -144,6 +144,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu')).to(x, accumulator(x))
     if weight is not None: weight = weight.to(x.device, accumulator(x))
     index = check_targets(x, target, axis, s.multi_hot)
+    check_device(x, target)
     if not index:
         check_needs_no_index(s)
         if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
@@ -156,6 +157,7 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     fused = fused_for(backend, x)
     check_reduction(reduction)
     check_labels(x, target)
+    check_device(x, target)
     eps, traced = check_eps(eps, .5), tracing(x, target)
     if prior is weight is pos_weight is None: labels = sigmoid.Labels(target, eps)
     else:

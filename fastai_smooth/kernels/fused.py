@@ -101,15 +101,17 @@ def walk(shape, *strides) -> Walk | None:
 
 _tickets = {}
 
+def new_ticket(device: torch.device) -> Tensor: return torch.zeros((), dtype=torch.int32, device=device)
+
 def ticket(device: torch.device) -> Tensor:
-    """A zero that kernels of one stream may count with, one after another, each leaving it at zero.
+    """A zero on the current device that kernels of one stream may count with, one after another, each leaving it at zero.
 
     Kernels that may run at once must not share one: so there is one a stream, and a CUDA graph gets its own."""
     if device.type == 'cuda':
-        if torch.cuda.is_current_stream_capturing(): return torch.zeros((), dtype=torch.int32, device=device)
+        if torch.cuda.is_current_stream_capturing(): return new_ticket(device)
         key = device.index, torch.cuda.current_stream(device).cuda_stream
     else: key = device.type
-    if key not in _tickets: _tickets[key] = torch.zeros((), dtype=torch.int32, device=device)
+    if key not in _tickets: _tickets[key] = new_ticket(device)
     return _tickets[key]
 
 def programs(tiles: int) -> int: return max(1, min(tiles, MAX_PROGRAMS))

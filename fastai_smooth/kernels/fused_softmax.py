@@ -9,6 +9,7 @@ so one pass over the row gives all that loss and gradient need: the maximum, the
 weightings u, w * u, w * y the sum over the classes that are not masked (-inf), with and without the logit."""
 from __future__ import annotations
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 import torch
@@ -128,7 +129,7 @@ def terms(state, eps, x_y, w_y, PRIOR: tl.constexpr, INDEX: tl.constexpr, MULTI_
         own_z = tl.where(here, w_y * (x_y - m), 0.)
         total = own * own_w + each * share
     else: total = own * (own_w + lost) + each * share
-    loss = total * tl.log(s) - (own * own_z + each * share_z)
+    loss = total * tl.log(s) - (own * own_z + tl.where(each == 0, 0., each * share_z))  # share_z may be -inf
     loss = tl.where(own * lost != 0, INF, loss)
     dead = m == -INF  # all masked
     return tl.where(dead, INF - INF, loss), tl.where(dead, INF - INF, m), s, total, own, each, alone
@@ -160,14 +161,14 @@ def one_over(weight, count):
     return tl.where(count == 0, 1., tl.where(weight == 0, INF - INF, 1 / weight))
 
 @triton.jit(do_not_specialize=['scale', 'eps', 'outer', 'tiles', 'ignore_index'])
-def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inverse, stats, sums, ticket,
+def softmax_kernel(x, y, weight, prior, eps_at, loss, grad, grad_output, inverse, stats, sums, ticket,
                    scale: tl.float64, eps: tl.float64, outer, tiles, ignore_index,
                    C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
-                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, PER_CLASS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Loss, gradient or both: what there is a pointer for. `stats` gets, or where there is no loss to compute gives, what
     `gradient` needs of a row whose logits are too many to stay in registers. COUNT: the loss is a mean over the rows' weights,
-    and `inverse`, one over their sum, comes out of this; else it goes in."""
+    and `inverse`, one over their sum, comes out of this; else it goes in. `eps_at`: one eps a class, or added to `eps`."""
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     sum_loss, sum_weight, count = tl.full((), 0., ACC), tl.full((), 0., ACC), tl.full((), 0., ACC)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -176,6 +177,7 @@ def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inve
         used = there
         x_rows = x + offsets(rows, SIZES, XS)
         e = tl.full([ROWS], eps, ACC)
+        if eps_at is not None and not PER_CLASS: e += tl.load(eps_at)
         label = None
         w_y = None
         x_y = None
@@ -187,7 +189,7 @@ def softmax_kernel(x, y, weight, prior, class_eps, loss, grad, grad_output, inve
             x_y = tl.load(x_rows + label * XS[3], mask=used, other=0.).to(ACC)
             w_y = tl.full([ROWS], 1., ACC)
             if weight is not None: w_y = tl.load(weight + label)
-            if class_eps is not None: e = tl.load(class_eps + label)
+            if PER_CLASS: e = tl.load(eps_at + label)
         else: y_rows = y + offsets(rows, SIZES, YS)
         # what is ignored is not read; but where rows are next to each other, they are read several at once
         wanted = used
@@ -330,54 +332,56 @@ def takes(x: Tensor, job: Job) -> bool:
     "Can the kernel do it? One prior a class would be another pass over a matrix; and there are layouts of too many axes."
     prior = job.smoothing.prior
     if x.dtype not in fused.FLOATS or prior is not None and prior.dim() == 2: return False
-    return x.dim() <= 4 or not torch.compiler.is_compiling() and plan_for(x, job) is not None
+    return x.dim() <= 4 or not torch.compiler.is_compiling() and plan_for(x, job, torch.empty_like(x, device='meta')) is not None
 
 def inputs(plan: Plan, job: Job):
-    "y, weight, prior and class_eps as the kernels want them, and eps as a number."
+    "y, weight, prior and eps_at as the kernels want them; and eps as a number, and whether there is one a class."
     packed = lambda v: None if v is None else v.contiguous()
     s, y = job.smoothing, plan.walk.in_order(job.target).contiguous() if job.is_index else job.target
-    class_eps, eps = (packed(s.eps), 0.) if isinstance(s.eps, Tensor) else (None, s.eps)
-    return (y, packed(job.weight), packed(s.prior)), class_eps, eps
+    if job.is_index and plan.options['C'] == 1: y = y.long()  # Triton 3.6 fails to compile others
+    eps_at, eps = (packed(s.eps), 0.) if isinstance(s.eps, Tensor) else (None, s.eps)
+    return (y, packed(job.weight), packed(s.prior)), eps_at, eps, dict(PER_CLASS=eps_at is not None and eps_at.dim() > 0)
 
 def scale_of(x, job, reduction):
     "What the host knows of the factor between the sum of the rows' losses and the loss."
     return x.shape[job.axis] / x.numel() if reduction == 'mean' and not job.is_index else 1.
 
-def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, keep: bool = False):
+def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, keep: bool = False, ticket: Tensor | None = None):
     """The loss; one over what it is a mean of, where only the device knows; and, to `keep` for the backward, what `gradient_kernel`
     needs of long rows. `grad`, if given, gets the gradient."""
-    if x.is_cpu and job.is_index: check_indices(job.target, x.shape[job.axis], job.target == job.ignore_index)
+    if x.is_cpu and job.is_index: check_indices(job.target.long(), x.shape[job.axis], job.target.long() == job.ignore_index)
     p, acc, each = plan_for(x, job, grad), accumulator(x), reduction == 'none'
-    tensors, class_eps, eps = inputs(p, job)
+    tensors, eps_at, eps, more = inputs(p, job)
     new = lambda *shape: torch.empty(shape, dtype=acc, device=x.device)
     inverse = new() if reduction == 'mean' and job.is_index else None
     stats = new(5, p.rows) if keep and p.blocks > 1 else None
     loss, n = new(p.rows) if each else new(), fused.programs(p.tiles)
-    sums, ticket = (None, None) if each else (new(3 * n), fused.ticket(x.device))
-    count = inverse is not None and grad is None
+    sums, count = None if each else new(3 * n), inverse is not None and grad is None
     with fused.on(x):
-        if inverse is not None and not count: count_rows(*tensors[:2], inverse, job.ignore_index, p.options)
-        softmax_kernel[(n,)](x, *tensors, class_eps, loss, grad, None, inverse, stats, sums, ticket, scale_of(x, job, reduction), eps,
-                             p.walk.outer, p.tiles, job.ignore_index, **p.options, EACH=each, COUNT=count)
+        if not each and ticket is None: ticket = fused.ticket(x.device)
+        if inverse is not None and not count: count_rows(*tensors[:2], inverse, ticket, job.ignore_index, p.options)
+        softmax_kernel[(n,)](x, *tensors, eps_at, loss, grad, None, inverse, stats, sums, ticket, scale_of(x, job, reduction), eps,
+                             p.walk.outer, p.tiles, job.ignore_index, **p.options, **more, EACH=each, COUNT=count)
     return p.walk.out_of_order(loss, x.shape[:job.axis] + x.shape[job.axis+1:]) if each else loss, inverse, stats
 
-def count_rows(y: Tensor, weight: Tensor | None, inverse: Tensor, ignore_index: int, options: dict):
+def count_rows(y: Tensor, weight: Tensor | None, inverse: Tensor, ticket: Tensor, ignore_index: int, options: dict):
     tiles = -(-y.numel() // 4096)
     n = fused.programs(tiles)
-    count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), fused.ticket(y.device), y.numel(), tiles, ignore_index,
+    count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), ticket, y.numel(), tiles, ignore_index,
                        C=options['C'], BLOCK=4096, ACC=options['ACC'], num_warps=8)
 
 def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None):
     "The gradient times `grad_output`, rounded once."
     grad, each = torch.empty_like(x), reduction == 'none'
     p = plan_for(x, job, grad)
-    tensors, class_eps, eps = inputs(p, job)
-    if each: grad_output = p.walk.in_order(grad_output).contiguous()
+    tensors, eps_at, eps, more = inputs(p, job)
+    grad_output = p.walk.in_order(grad_output).contiguous() if each else grad_output
+    grad_output = grad_output.resolve_neg()
     scale, tiles = scale_of(x, job, reduction), p.tiles * (1 if stats is None else p.blocks)
     where = p.walk.outer, tiles, job.ignore_index
     with fused.on(x):
-        if stats is None: softmax_kernel[(fused.programs(tiles),)](x, *tensors, class_eps, None, grad, grad_output, inverse, None, None, None, scale, eps, *where,
-                                                                   **p.options, EACH=each, COUNT=False)
+        if stats is None: softmax_kernel[(fused.programs(tiles),)](x, *tensors, eps_at, None, grad, grad_output, inverse, None, None, None, scale, eps, *where,
+                                                                   **p.options, **more, EACH=each, COUNT=False)
         else: gradient_kernel[(fused.programs(tiles),)](x, *tensors, grad, grad_output, inverse, stats, scale, *where, **p.options, EACH=each)
     return grad
 
@@ -389,49 +393,51 @@ class FusedSoftmaxLoss(torch.autograd.Function):
         ctx.grad = grad = torch.empty_like(x) if fused.early(x) and reduction != 'none' else None
         loss, inverse, stats = forward(x, job, reduction, grad, keep=True)
         ctx.save_for_backward(x, *job.tensors())
-        ctx.rest = job, reduction, inverse, stats
+        ctx.rest = job, reduction, inverse, stats, x.stride()
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
-        job, reduction, inverse, stats = ctx.rest
+        job, reduction, inverse, stats, strides = ctx.rest
+        if x.stride() != strides: stats = None  # a hook has laid it out anew: the rows have another order
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or transforming():
             with torch.enable_grad(): loss = plain_loss(x, looked_up(job, x), reduction)
             return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None
-        if grad is not None: return fused.scale_(grad, grad_output), None, None
+        if grad is not None: return fused.scale_(grad, grad_output.resolve_neg()), None, None
         return backward(grad_output, x, job, reduction, inverse, stats), None, None
 
 def softmax_loss(x: Tensor, job: Job, reduction: str) -> Tensor:
     "The loss of logits `x`, for a job that the kernel `takes`."
-    if torch.compiler.is_compiling(): return softmax_forward(x, *flat(job), reduction)[0]
+    if torch.compiler.is_compiling(): return softmax_forward(x, *flat(job, x), reduction)[0]
+    x, job = x.resolve_neg(), replace(job, target=job.target.resolve_neg()) if job.target.is_neg() else job
     if not x.numel(): return x.sum(job.axis).to(accumulator(x)) if reduction == 'none' else x.sum().to(accumulator(x))
     if x.requires_grad and torch.is_grad_enabled(): return FusedSoftmaxLoss.apply(x, job, reduction)
     return forward(x, job, reduction)[0]
 
 # --- the same as custom ops, which torch.compile takes as they are ----------------------------------------------------
 
-def flat(job: Job):
-    "A job as arguments of an op."
+def flat(job: Job, x: Tensor):
+    "A job as arguments of an op. eps is a tensor: as a number it would be compiled in, once for each."
     s = job.smoothing
-    eps = (s.eps, 0.) if isinstance(s.eps, Tensor) else (None, s.eps)
-    return job.target, job.weight, s.prior, *eps, job.is_index, s.multi_hot, s.spread, job.axis, job.ignore_index
+    eps = s.eps if isinstance(s.eps, Tensor) else torch.ones((), dtype=accumulator(x), device=x.device) * s.eps
+    return job.target, job.weight, s.prior, eps, job.is_index, s.multi_hot, s.spread, job.axis, job.ignore_index
 
-def job_of(target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index):
-    return Job(target, is_index, Smoothing(eps if class_eps is None else class_eps, prior, spread, multi_hot), axis, weight, ignore_index)
+def job_of(target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index):
+    return Job(target, is_index, Smoothing(eps, prior, spread, multi_hot), axis, weight, ignore_index)
 
 @torch.library.custom_op('fastai_smooth::softmax_forward', mutates_args=())
-def softmax_forward(x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None, class_eps: Tensor | None, eps: float,
+def softmax_forward(x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None, eps: Tensor,
                     is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     "What `forward` gives, with empty tensors for what there isn't."
-    job = job_of(target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index)
-    if not x.numel(): return _softmax_forward_fake(x, *flat(job), reduction)
-    loss, *rest = forward(x, job, reduction, keep=True)
+    job = job_of(target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index)
+    if not x.numel(): return _softmax_forward_fake(x, *flat(job, x), reduction)
+    loss, *rest = forward(x, job, reduction, keep=True, ticket=fused.new_ticket(x.device))
     return loss.contiguous(), *(loss.new_empty(0) if v is None else v for v in rest)
 
 @softmax_forward.register_fake
-def _softmax_forward_fake(x, target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index, reduction):
+def _softmax_forward_fake(x, target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index, reduction):
     new = lambda *shape: x.new_zeros(shape, dtype=accumulator(x))
     rows, c = x.shape[:axis] + x.shape[axis+1:], x.shape[axis]
     inverse = new() if reduction == 'mean' and is_index and x.numel() else new(0)
@@ -440,21 +446,21 @@ def _softmax_forward_fake(x, target, weight, prior, class_eps, eps, is_index, mu
 
 @torch.library.custom_op('fastai_smooth::softmax_backward', mutates_args=())
 def softmax_backward(grad_output: Tensor, inverse: Tensor, stats: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None,
-                     class_eps: Tensor | None, eps: float, is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int,
+                     eps: Tensor, is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int,
                      reduction: str) -> Tensor:
     "What `backward` gives."
     if not x.numel(): return torch.empty_like(x)
-    job, some = job_of(target, weight, prior, class_eps, eps, is_index, multi_hot, spread, axis, ignore_index), lambda v: v if v.numel() else None
+    job, some = job_of(target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index), lambda v: v if v.numel() else None
     return backward(grad_output, x, job, reduction, some(inverse), some(stats))
 
 @softmax_backward.register_fake
 def _(grad_output, inverse, stats, x, *rest): return torch.empty_like(x)
 
 def _keep(ctx, inputs, output):
-    x, target, weight, prior, class_eps, *ctx.rest = inputs
-    ctx.save_for_backward(*output[1:], x, target, weight, prior, class_eps)
+    x, target, weight, prior, eps, *ctx.rest = inputs
+    ctx.save_for_backward(*output[1:], x, target, weight, prior, eps)
     ctx.mark_non_differentiable(*output[1:])
 
-def _backward(ctx, grad_output, *_): return softmax_backward(grad_output, *ctx.saved_tensors, *ctx.rest), *[None] * 11
+def _backward(ctx, grad_output, *_): return softmax_backward(grad_output, *ctx.saved_tensors, *ctx.rest), *[None] * 10
 
 softmax_forward.register_autograd(_backward, setup_context=_keep)

@@ -41,7 +41,8 @@ class Labels:
         "The smoothed labels."
         y = self.target
         if y.dtype == torch.bool and not transforming(): y = y.view(torch.uint8)  # which torch converts eight times as fast
-        return sigmoid_q_of(y, self.eps, dtype) if self.prior is None else sigmoid_q(y.to(dtype), self.eps, self.prior)
+        if self.prior is None and not torch.compiler.is_compiling(): return sigmoid_q_of(y, self.eps, dtype)  # whose alpha would be compiled in
+        return sigmoid_q(y.to(dtype), self.eps, self.prior)
 
     def loss(self, x, q, log_p):
         "The loss of each logit, by log sigmoid(x)."
