@@ -5,8 +5,8 @@ A * softmax(x) - t. In the terms of a row (`targets.py` has the formula of q)
 
     t_k = w_k * (own * y_k + each * u_k)      own = 1 - e, shared out among the positives; each = e / sum of u
 
-so one pass over the row gives all that loss and gradient need: the maximum, the sum of exponentials, and for each of the
-weightings u, w * u, w * y the sum over the classes that are not masked (-inf), with and without the logit."""
+so one pass over the row gives all that loss and gradient need: the maximum, the sum of exponentials, and for the weightings
+w * u and w * y the sums over the classes that are not masked (-inf), with and without the logit. nbs/00_kernels.ipynb derives it."""
 from __future__ import annotations
 import math
 from dataclasses import replace
@@ -166,9 +166,9 @@ def softmax_kernel(x, y, weight, prior, eps_at, loss, grad, grad_output, inverse
                    C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, PER_CLASS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Loss, gradient or both: what there is a pointer for. `stats` gets, or where there is no loss to compute gives, what
-    `gradient` needs of a row whose logits are too many to stay in registers. COUNT: the loss is a mean over the rows' weights,
-    and `inverse`, one over their sum, comes out of this; else it goes in. `eps_at`: one eps a class, or added to `eps`."""
+    """Loss, gradient or both: what there is a pointer for. `stats` gets what `gradient_kernel` will need of a row. COUNT: the loss is a
+    mean over the rows' weights, and `inverse`, one over their sum, comes out of this; else it goes in. `eps_at`: one eps a class
+    (PER_CLASS), or one that is added to `eps`."""
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     sum_loss, sum_weight, count = tl.full((), 0., ACC), tl.full((), 0., ACC), tl.full((), 0., ACC)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -334,11 +334,11 @@ def takes(x: Tensor, job: Job) -> bool:
     if x.dtype not in fused.FLOATS or prior is not None and prior.dim() == 2: return False
     return x.dim() <= 4 or not torch.compiler.is_compiling() and plan_for(x, job, torch.empty_like(x, device='meta')) is not None
 
-def inputs(plan: Plan, job: Job):
+def inputs(p: Plan, job: Job):
     "y, weight, prior and eps_at as the kernels want them; and eps as a number, and whether there is one a class."
     packed = lambda v: None if v is None else v.contiguous()
-    s, y = job.smoothing, plan.walk.in_order(job.target).contiguous() if job.is_index else job.target
-    if job.is_index and plan.options['C'] == 1: y = y.long()  # Triton 3.6 fails to compile others
+    s, y = job.smoothing, p.walk.in_order(job.target).contiguous() if job.is_index else job.target
+    if job.is_index and p.options['C'] == 1: y = y.long()  # Triton 3.6 fails to compile others
     eps_at, eps = (packed(s.eps), 0.) if isinstance(s.eps, Tensor) else (None, s.eps)
     return (y, packed(job.weight), packed(s.prior)), eps_at, eps, dict(PER_CLASS=eps_at is not None and eps_at.dim() > 0)
 

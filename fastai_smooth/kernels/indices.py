@@ -1,5 +1,4 @@
 """Class indices made safe to gather with, where no kernel sees to that itself."""
-from __future__ import annotations
 from dataclasses import replace
 import torch
 from torch import Tensor
