@@ -29,7 +29,8 @@ def fused_heads():
 def fused_for(backend, x):
     """The fused heads, where they are asked for; else None: 'auto' is the torch implementation everywhere, until a GPU has been
     seen to pass the tests and win."""
-    if backend != 'triton': return check_backend(backend)
+    if backend == 'auto' or backend == 'torch': return None
+    check_backend(backend)
     heads = fused_heads()
     if not (x.is_meta or heads[0].fused.runs_on(x)):
         raise ValueError(f"backend='triton' is for logits on a GPU, these are on {x.device}: move them there, or take backend='auto'")
@@ -150,7 +151,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
         if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
     job, others = Job(target, index, s, axis, weight, ignore_index), needs_grad(target, weight, s.prior, s.eps)
     if fused and not others and not opaque(x, target) and fused[0].takes(x, job): return fused[0].softmax_loss(x, job, reduction)
-    return softmax.softmax_loss(x, looked_up(job, x), reduction, traced or others)
+    return softmax.softmax_loss(x, looked_up(job, x, traced), reduction, traced or others)
 
 def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend, checked=False):
     x, target = logits(input), unwrapped('target', target)

@@ -403,7 +403,7 @@ class FusedSoftmaxLoss(torch.autograd.Function):
         if x.stride() != strides: stats = None  # a hook has laid it out anew: the rows have another order
         grad, ctx.grad = ctx.grad, None
         if torch.is_grad_enabled() or transforming():
-            with torch.enable_grad(): loss = plain_loss(x, looked_up(job, x), reduction)
+            with torch.enable_grad(): loss = plain_loss(x, looked_up(job, x, transforming()), reduction)
             return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None
         if grad is not None: return fused.scale_(grad, grad_output.resolve_neg()), None, None
         return backward(grad_output, x, job, reduction, inverse, stats), None, None

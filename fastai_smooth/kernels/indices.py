@@ -2,19 +2,19 @@
 from dataclasses import replace
 import torch
 from torch import Tensor
-from .backward import tracing
 from .checks import check_indices
 from .formula import Job
 
-def looked_up(job: Job, x: Tensor) -> Job:
+def looked_up(job: Job, x: Tensor, traced: bool = False) -> Job:
     "The job with indices that are safe to gather with, and where they are ignored and where invalid (None: nowhere)."
     if not job.is_index: return job
-    index, k, traced = job.target.long(), x.shape[job.axis], tracing(x, job.target)
+    index, k = job.target.long(), x.shape[job.axis]
     if torch.compiler.is_compiling(): index = checked_indices(index, k, job.ignore_index)
     if not traced and index.is_cpu and index.numel():
         lo, hi = index.aminmax()
         lo, hi = lo.item(), hi.item()
-        if 0 <= lo and hi < k and not lo <= job.ignore_index <= hi: return replace(job, target=index)  # the usual case, in one op
+        if 0 <= lo and hi < k and not lo <= job.ignore_index <= hi:  # the usual case, in one op
+            return job if index is job.target else replace(job, target=index)
     ignored = index == job.ignore_index
     if traced or index.device.type != 'cpu':
         invalid = ((index < 0) | (index >= k)) & ~ignored
