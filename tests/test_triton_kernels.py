@@ -167,6 +167,14 @@ def test_masked_by_the_least_number(case, tile, early, cut):
     assert max(map(distance, actual, expected)) < 1e-6
 
 
+def test_losses_of_labels_that_are_sure():
+    "without smoothing they are exp(-|x|): 1 + that, in float32, has lost all of its digits"
+    x = torch.linspace(10, 40, 31, device=DEVICE)
+    for sign in (1, -1):
+        loss = smooth_bce(sign * x, (sign * x > 0), 0., reduction='none', backend='triton')
+        assert ((loss.double() / torch.log1p(torch.exp(-x.double())) - 1).abs() < 1e-5).all()
+
+
 def test_layout_that_the_gradient_does_not_share():
     "axes that overlap: the gradient, which is dense, has one more to go over, and torch does it"
     x, y = torch.randn(48, device=DEVICE).as_strided((2, 2, 2, 3, 2), (1, 0, 4, 8, 24)), torch.zeros(2, 2, 3, 2, dtype=torch.long, device=DEVICE)
