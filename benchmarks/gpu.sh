@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu.sh [FOLDER]
 #
-# The tests of both implementations on the GPU; compute-sanitizer; the benchmark beside eager, torch.compile and Liger-Kernel
+# The torch implementation's tests on the Triton one; those that need a GPU; compute-sanitizer; the benchmark beside eager, torch.compile and Liger-Kernel
 # (where it is installed); and what decides the dispatch table. Leaves gpu.json, with all numbers, and the logs
 # in FOLDER (default: benchmarks/). A step that fails or takes too long is said to at the end, and keeps no other from running.
 set -uo pipefail
