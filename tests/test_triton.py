@@ -50,7 +50,7 @@ def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1
     job = Job(y, not dense, Smoothing(eps, **smoothing), 1, weight, ignore_index)
     with recorded() as launches:
         grad = torch.empty_like(x) if early else None
-        loss, inverse, stats = fused_softmax.forward(x, job, reduction, grad, keep=True)
+        loss, inverse, stats = fused_softmax.forward(x, job, reduction, grad, keep=fused_softmax.long(x, 1))
         if early: fused.scale_(grad, loss)
         else: fused_softmax.backward(torch.ones_like(loss), x, job, reduction, inverse, stats)
     return launches

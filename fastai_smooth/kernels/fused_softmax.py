@@ -48,6 +48,10 @@ def tile_for(num_classes: int, class_stride: int) -> Tile:
     table = TILES['classes next to each other' if class_stride == 1 or num_classes == 1 else 'rows next to each other']
     return next(tile for most, tile in table if most is None or num_classes <= most)
 
+def long(x: Tensor, axis: int) -> bool:
+    "Are rows longer than a block? Then the gradient is made by `gradient_kernel`, of what the forward keeps of each row."
+    return x.shape[axis] > tile_for(x.shape[axis], x.stride(axis)).block
+
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 @triton.jit
@@ -347,14 +351,14 @@ def scale_of(x, job, reduction):
     return x.shape[job.axis] / x.numel() if reduction == 'mean' and not job.is_index else 1.
 
 def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, keep: bool = False, ticket: Tensor | None = None):
-    """The loss; one over what it is a mean of, where only the device knows; and, to `keep` for the backward, what `gradient_kernel`
-    needs of long rows. `grad`, if given, gets the gradient."""
+    """The loss; one over what it is a mean of, where only the device knows; and, if wanted, to `keep` for the backward what
+    `gradient_kernel` needs of each row. `grad`, if given, gets the gradient."""
     if x.is_cpu and job.is_index: check_indices(job.target.long(), x.shape[job.axis], job.target.long() == job.ignore_index)
     p, acc, each = plan_for(x, job, grad), accumulator(x), reduction == 'none'
     tensors, eps_at, eps, more = inputs(p, job)
     new = lambda *shape: torch.empty(shape, dtype=acc, device=x.device)
     inverse = new() if reduction == 'mean' and job.is_index else None
-    stats = new(5, p.rows) if keep and p.blocks > 1 else None
+    stats = new(5, p.rows) if keep else None
     loss, n = new(p.rows) if each else new(), fused.programs(p.tiles)
     sums, count = None if each else new(3 * n), inverse is not None and grad is None
     with fused.on(x):
@@ -391,7 +395,7 @@ class FusedSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, job, reduction):
         ctx.grad = grad = torch.empty_like(x) if fused.early(x) and reduction != 'none' else None
-        loss, inverse, stats = forward(x, job, reduction, grad, keep=True)
+        loss, inverse, stats = forward(x, job, reduction, grad, keep=long(x, job.axis))
         ctx.save_for_backward(x, *job.tensors())
         ctx.rest = job, reduction, inverse, stats, x.stride()
         return loss
@@ -410,7 +414,7 @@ class FusedSoftmaxLoss(torch.autograd.Function):
 
 def softmax_loss(x: Tensor, job: Job, reduction: str) -> Tensor:
     "The loss of logits `x`, for a job that the kernel `takes`."
-    if torch.compiler.is_compiling(): return softmax_forward(x, *flat(job, x), reduction)[0]
+    if torch.compiler.is_compiling(): return softmax_forward(x, *flat(job, x), reduction, long(x, job.axis))[0]
     x, job = x.resolve_neg(), replace(job, target=job.target.resolve_neg()) if job.target.is_neg() else job
     if not x.numel(): return x.sum(job.axis).to(accumulator(x)) if reduction == 'none' else x.sum().to(accumulator(x))
     if x.requires_grad and torch.is_grad_enabled(): return FusedSoftmaxLoss.apply(x, job, reduction)
@@ -429,20 +433,21 @@ def job_of(target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore
 
 @torch.library.custom_op('fastai_smooth::softmax_forward', mutates_args=())
 def softmax_forward(x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None, eps: Tensor,
-                    is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
-    "What `forward` gives, with empty tensors for what there isn't."
+                    is_index: bool, multi_hot: bool, spread: str, axis: int, ignore_index: int, reduction: str,
+                    keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward` gives, with empty tensors for what there isn't. `keep` is an argument, so that the shapes follow from the arguments
+    alone: a graph that inductor has on its disk may have been made with another table."""
     job = job_of(target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index)
-    if not x.numel(): return _softmax_forward_fake(x, *flat(job, x), reduction)
-    loss, *rest = forward(x, job, reduction, keep=True, ticket=fused.new_ticket(x.device))
+    if not x.numel(): return _softmax_forward_fake(x, *flat(job, x), reduction, keep)
+    loss, *rest = forward(x, job, reduction, keep=keep, ticket=fused.new_ticket(x.device))
     return loss.contiguous(), *(loss.new_empty(0) if v is None else v for v in rest)
 
 @softmax_forward.register_fake
-def _softmax_forward_fake(x, target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index, reduction):
+def _softmax_forward_fake(x, target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index, reduction, keep):
     new = lambda *shape: x.new_zeros(shape, dtype=accumulator(x))
-    rows, c = x.shape[:axis] + x.shape[axis+1:], x.shape[axis]
+    rows = x.shape[:axis] + x.shape[axis+1:]
     inverse = new() if reduction == 'mean' and is_index and x.numel() else new(0)
-    long = x.numel() and c > tile_for(c, x.stride(axis)).block
-    return new(*rows) if reduction == 'none' else new(), inverse, new(5, x.numel() // c) if long else new(0)
+    return new(*rows) if reduction == 'none' else new(), inverse, new(5, math.prod(rows)) if keep else new(0)
 
 @torch.library.custom_op('fastai_smooth::softmax_backward', mutates_args=())
 def softmax_backward(grad_output: Tensor, inverse: Tensor, stats: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, prior: Tensor | None,
@@ -457,10 +462,10 @@ def softmax_backward(grad_output: Tensor, inverse: Tensor, stats: Tensor, x: Ten
 def _(grad_output, inverse, stats, x, *rest): return torch.empty_like(x)
 
 def _keep(ctx, inputs, output):
-    x, target, weight, prior, eps, *ctx.rest = inputs
+    x, target, weight, prior, eps, *ctx.rest, _ = inputs
     ctx.save_for_backward(*output[1:], x, target, weight, prior, eps)
     ctx.mark_non_differentiable(*output[1:])
 
-def _backward(ctx, grad_output, *_): return softmax_backward(grad_output, *ctx.saved_tensors, *ctx.rest), *[None] * 10
+def _backward(ctx, grad_output, *_): return softmax_backward(grad_output, *ctx.saved_tensors, *ctx.rest), *[None] * 11
 
 softmax_forward.register_autograd(_backward, setup_context=_keep)
