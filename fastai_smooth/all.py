@@ -5,3 +5,8 @@ from .losses import *
 from .prior import *
 from .callback import *
 from .learner import *
+from .calibration import (nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error, null_floor, bootstrap_interval,
+                          NLL, Brier, ECE, ClasswiseECE, SmoothECE)
+from .temperature import best_temperature
+from .interpret import CalibrationInterpretation
+from .tune import EpsSuggestion

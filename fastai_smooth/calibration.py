@@ -336,7 +336,7 @@ def binomial_interval(
     level:float=.95, # Share of samples whose interval holds the truth
 ): 
     "Wilson's interval for a probability: (low, high)."
-    return tuple(binomtest(int(k), int(n)).proportion_ci(level, 'wilson'))
+    return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, 'wilson')))
 
 def reliability(
     probs:Tensor, # (N,) or (N,K) probabilities; of labels, one column

@@ -72,9 +72,14 @@ def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
     prior = _resolved(prior, dls, ignore_index=options.get('ignore_index', -100))
     return SmoothedCrossEntropyFlat(ifnone(eps, .1), prior=prior, spread=spread, hard=loss, smooth_valid=smooth_valid, **options)
 
+def _with_temperature_of(learn, loss):
+    "`loss`, with the temperature of `learn` where one was fitted."
+    t = getattr(getattr(_unmixed(learn.loss_func), 'activation', None), 'temperature', None)
+    return loss if t is None else tempered(loss, t)
+
 def _found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own."
-    loss = _unmixed(learn.loss_func)
+    loss = untempered(_unmixed(learn.loss_func))
     return getattr(loss, 'hard', loss) if isinstance(loss, LabelSmoothingCrossEntropyFlat) else loss # by attribute: reloading makes new classes
 
 # %% ../nbs/04_learner.ipynb #ad81fcce
@@ -99,7 +104,7 @@ def to_smooth(self:Learner,
     if options is None: new,cbs = loss,[_smooth_sigmoid(self.dls, eps, prior, spread, smooth_valid)]
     else: new = _smooth_softmax(loss, options, self.dls, eps, prior, spread, smooth_valid)
     self.remove_cb(MultiLabelSmoothingCallback)
-    self.loss_func = new
+    self.loss_func = _with_temperature_of(self, new)
     return self.add_cbs(cbs)
 
 # %% ../nbs/04_learner.ipynb #93f8f6e4
@@ -109,8 +114,8 @@ def to_hard(self:Learner) -> Learner: # self
 
     Raises a ValueError where there is nothing to undo."""
     loss,cbs = _found_loss(self),self._grab_cbs(MultiLabelSmoothingCallback)
-    if loss is _unmixed(self.loss_func) and not cbs: raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it')
-    self.loss_func = loss
+    if loss is untempered(_unmixed(self.loss_func)) and not cbs: raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it')
+    self.loss_func = _with_temperature_of(self, loss)
     return self.remove_cbs(cbs)
 
 # %% ../nbs/04_learner.ipynb #c7b0567c

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSmoothingCrossEntropyFlat',
-           'LabelSmoothingBCEWithLogitsFlat']
+           'LabelSmoothingBCEWithLogitsFlat', 'TemperedActivation', 'untempered', 'tempered']
 
 # %% ../nbs/01_losses.ipynb #2149c50c
 from fastai.basics import *
@@ -215,3 +215,30 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
 
     thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
     def _target_shape(self, inp): return inp.shape
+
+# %% ../nbs/01_losses.ipynb #tmpr0002
+class TemperedActivation:
+    "The activation of `loss`, of logits that are divided by `temperature` first."
+    def __init__(self,
+        loss, # The loss whose activation it is
+        temperature:float|list # One number, or one a label along the last axis
+    ): self.loss,self.temperature = loss,temperature
+
+    def __call__(self, x):
+        t = self.temperature
+        return self.loss.activation(x / (torch.as_tensor(t, dtype=x.dtype, device=x.device) if isinstance(t, list) else t))
+
+def untempered(loss):
+    "The loss that `tempered` was given, or `loss` itself."
+    return getattr(getattr(loss, 'activation', None), 'loss', loss)
+
+def tempered(
+    loss, # A loss with an `activation`; is left as it is
+    temperature:float|list # One number, or one a label along the last axis
+):
+    "A copy of `loss` whose activation divides logits by `temperature`; for 1, the original."
+    loss = untempered(loss)
+    if temperature == 1: return loss
+    res = deepcopy(loss)
+    res.activation = TemperedActivation(loss, temperature)
+    return res
