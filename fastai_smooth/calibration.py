@@ -130,7 +130,7 @@ class _Binned:
         cell = torch.searchsorted(edges.contiguous(), p.T.contiguous(), right=True).T
         return cell,torch.stack([torch.ones_like(p), y, y-p], -1)
 
-    def field(self, sums, at=None): return sums[...,2]
+    def field(self, residuals, sums, at=None): return residuals
 
     def norm_of(self, field, sums):
         "The norm of residuals `field`, over the counts in `sums`"
@@ -144,7 +144,9 @@ class _Binned:
         n,share = sums[...,0],sums[...,0] / sums[...,0].sum(-1, keepdim=True)
         right = sums[...,1] / n.clamp(min=1)
         var = right*(1-right)
-        if self.norm == 'l2': return (plain**2 - (share*var/(n-1).clamp(min=1)).sum(-1)).clamp(min=0).sqrt()
+        if self.norm == 'l2': # one row says nothing of its variance: all of its gap may be chance
+            chance = torch.where(n > 1, var/(n-1).clamp(min=1), (sums[...,2]/n.clamp(min=1))**2)
+            return (plain**2 - (share*chance).sum(-1)).clamp(min=0).sqrt()
         sd = (var/n.clamp(min=1)).sqrt()
         return (2*plain - (share*_mean_abs(sums[...,2]/n.clamp(min=1), sd)).sum(-1)).clamp(min=0)
 
@@ -161,17 +163,17 @@ class _Smooth:
     streams,calibration,n_cells = True,True,1000
     def rows(self, probs, targs):
         p,y = events(probs, targs)
-        return (p*self.n_cells).long().clamp(max=self.n_cells-1),torch.stack([torch.ones_like(p), y, y-p], -1)
+        return (p.nan_to_num()*self.n_cells).long().clamp(max=self.n_cells-1),torch.stack([torch.ones_like(p), y, y-p], -1)
 
-    def field(self, sums, at=None):
+    def field(self, residuals, sums, at=None):
         "Residuals a row, smoothed by `at`: their norm is at least `at` just where the value is"
-        res = sums[...,2] / sums[...,0].sum(-1, keepdim=True)
+        res = residuals / sums[...,0].sum(-1, keepdim=True)
         return res if at is None else _spread(res, at)
 
     def norm_of(self, field, sums): return field.abs().sum(-1)
 
     def value(self, sums):
-        field = self.field(sums)
+        field = self.field(sums[...,2], sums)
         low = torch.zeros(field.shape[:-1], dtype=torch.double)
         high = self.norm_of(field, sums) # smoothing only makes it smaller
         for _ in range(20):
@@ -263,10 +265,11 @@ def null_floor(
     **kwargs # Of the measure
 ) -> tuple: # mean, upper
     "What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed."
-    m,(probs,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
+    m,(p,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
+    if p.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
     gen = torch.Generator().manual_seed(seed)
-    n = max(100, min(n_draws, 2*10**8 // probs.numel()))
-    values = torch.stack([_averaged(m.value(_sums(*m.rows(probs, _drawn(probs, task, gen)), m.n_cells))[0], average) for _ in range(n)])
+    n = max(100, min(n_draws, 2*10**8 // p.numel()))
+    values = torch.stack([_averaged(m.value(_sums(*m.rows(probs, _drawn(p, task, gen)), m.n_cells))[0], average) for _ in range(n)])
     return values.mean(0),values.quantile(level, 0)
 
 # %% ../nbs/05_calibration.ipynb #e2ebea47
@@ -277,37 +280,38 @@ def _grouped(m, cell, channels, gen, most=2**24):
     group = torch.arange(n) if g == n else torch.randperm(n, generator=gen) % g
     return _sums(cell, channels, m.n_cells, group, g)
 
-def _draws(m, cell, channels, n_boot, seed):
-    "Sums of the sample (M,cells,C) and of bootstrap samples (draws,M,cells,C)."
-    gen = torch.Generator().manual_seed(seed)
-    groups = _grouped(m, cell, channels, gen)
-    g,*shape = groups.shape
-    n_boot = max(200, min(n_boot, 2**26 // math.prod(shape)))
-    times = torch.stack([torch.bincount(torch.randint(g, (g,), generator=gen), minlength=g) for _ in range(n_boot)]).double()
-    return groups.sum(0),(times @ groups.view(g, -1)).view(n_boot, *shape)
+def _weighted(groups, weights): return (weights @ groups.reshape(len(groups), -1)).view(len(weights), *groups.shape[1:])
 
-def _inverted(m, sums, draws, average, level):
-    "The interval of a calibration error, by the scale of the gaps that were seen (M,cells,C)."
+def _quantiles(m, groups, average, level, n_boot, gen):
+    "The interval of a mean: what bootstrap samples give."
+    g = len(groups)
+    times = torch.stack([torch.bincount(torch.randint(g, (g,), generator=gen), minlength=g) for _ in range(n_boot)]).double()
+    values = _averaged(m.value(_weighted(groups, times)), average)
+    return tuple(values.quantile(q).item() for q in ((1-level)/2, (1+level)/2))
+
+def _inverted(m, groups, average, level, n_boot, gen):
+    "The interval of a calibration error: those that explain what was seen."
+    sums = groups.sum(0)
     seen = _averaged(m.value(sums), average).item()
     if not math.isfinite(seen): return seen,seen
-    def size(field, sums): return _averaged(m.norm_of(field, sums), average)
-    field = m.field(sums, seen)
-    noise = m.field(draws, seen) - field
-    truth = torch.where(field < 0, -1, 1) * (field**2 + noise.var(0)).sqrt()
-    def tail(scale, q): return size(scale*truth + noise, draws).quantile(q).item() - seen
-    def end(q):
-        if seen == 0 or tail(0, q) >= 0: return 0.
+    def size(field): return _averaged(m.norm_of(field, sums), average)
+    signs = torch.randint(2, (n_boot, len(groups)), generator=gen).double()*2 - 1
+    field = m.field(sums[...,2], sums, seen)
+    noise = m.field(_weighted(groups[...,2], signs), sums, seen)
+    def end(truth, q):
+        def tail(scale): return size(scale*truth + noise).quantile(q).item() - seen
+        if seen == 0 or tail(0) >= 0: return 0.
         high = 1.
-        while tail(high, q) < 0 and high < 2**20: high *= 2
-        scale = brentq(tail, 0, high, args=(q,), xtol=1e-4) * size(truth, sums)/size(field, sums)
-        return _averaged(m.value(torch.cat([sums[...,:2], scale*sums[...,2:]], -1)), average).item()
-    return min(seen, end((1+level)/2)),max(seen, end((1-level)/2))
+        while tail(high) < 0 and high < 2**20: high *= 2
+        return brentq(tail, 0, high, xtol=1e-4) * size(truth).item()
+    wide = torch.where(field < 0, -1, 1) * (field**2 + noise.var(0)).sqrt()
+    return min(seen, end(field, (1+level)/2)),max(seen, end(wide, (1-level)/2))
 
 def _interval(m, cell, channels, average, level, n_boot, seed):
-    sums,draws = _draws(m, cell, channels, n_boot, seed)
-    if m.calibration: return _inverted(m, sums, draws, average, level)
-    values = _averaged(m.value(draws), average)
-    return tuple(values.quantile(q).item() for q in ((1-level)/2, (1+level)/2))
+    gen = torch.Generator().manual_seed(seed)
+    groups = _grouped(m, cell, channels, gen)
+    n_boot = max(200, min(n_boot, 2**26 // groups[0].numel()))
+    return (_inverted if m.calibration else _quantiles)(m, groups, average, level, n_boot, gen)
 
 def bootstrap_interval(
     measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
@@ -321,7 +325,7 @@ def bootstrap_interval(
 ) -> tuple: # low, high; a list of them where `average` is None and there are several labels
     """An interval for what `measure` would give on all rows there might be, of which these are a sample.
 
-    Of a mean (NLL, Brier, accuracy) the bootstrap's quantiles. Of a calibration error, the errors that a bootstrap does not find too small or too large
+    Of a mean (NLL, Brier, accuracy) the bootstrap's quantiles. Of a calibration error, the errors that a wild bootstrap finds neither too small nor too large
     for what was seen, over the same bins; it is for the error itself, whether or not the value has `debias`."""
     m = _measure(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
     cell,channels = m.rows(probs, targs)
@@ -351,6 +355,7 @@ def reliability(
     if p.shape[1] > 1: raise ValueError(f'probs has {p.shape[1]} labels: give one, probs[:,k] and targs[:,k]')
     m = _Binned(n_bins, binning)
     known = ~p[:,0].isnan() # training diverged
+    if not known.any(): return pd.DataFrame(columns=['confidence','accuracy','low','high','n'])
     sums,rows,left = _sums(*m.cells(p[known], y[known]), n_bins)[0,0],[],torch.zeros(3, dtype=torch.double)
     for o in sums:
         left = left + o
@@ -398,34 +403,28 @@ class CalibrationMetric(Metric):
         if not n: return
         some = max(1, 2**25*n // max(1, learn.pred.numel())) # a language model's logits in float64 fill memories
         rows = torch.cat([self._rows(p, t, loss) for p,t in zip(learn.pred.split(some), learn.y.split(some))])
-        rows = learn.to_detach(rows) # of all processes
-        cell,channels = rows[...,0].long(),rows[...,1:]
-        m = rows.shape[2]
-        cell,channels = cell.reshape(-1, m),channels.reshape(-1, m, channels.shape[-1])
-        if self.measure.streams: self.sums = self.sums + _sums(cell, channels, self.measure.n_cells)
-        else: self.kept.append(channels)
+        if num_distrib(): rows = rows.to(learn.pred.device) # where processes can gather them
+        rows = learn.to_detach(rows).flatten(0, 1)
+        if self.measure.streams: self.sums = self.sums + _sums(rows[...,0].long(), rows[...,1:], self.measure.n_cells)
+        else: self.kept.append(rows[rows[:,0,-1] == 1])
 
     def _rows(self, pred, targ, loss):
-        "(items,rows an item,M,1+C): the cell, and what is to be added there: nothing for ignored rows"
-        act,n = self.act or getcallable(loss, 'activation'),len(pred)
+        """(items,rows an item,M,1+C): the cell, and what is to be added there: nothing for ignored rows. Where the bins wait for all rows,
+        the probability, the outcome, and is it there"""
+        act,n,m = self.act or getcallable(loss, 'activation'),len(pred),self.measure
         probs,targ,keep = prediction_rows(act(_double(pred)), targ, loss)
-        try: cell,channels = self.measure.rows(probs, targ)
+        try: cell,channels = m.rows(probs, targ) if m.streams else events(probs, targ, m.classwise)
         except ValueError as e: raise ValueError(f'metric {self.name}: {e}' + ('' if hasattr(loss, 'activation') or self.act else
             f" (the loss {getattr(loss, '__name__', type(loss).__name__)} has no activation: pass act=, say act=partial(F.softmax, dim=-1))")) from None
-        rows = torch.cat([cell[...,None].double(), channels*keep.cpu().double()[:,None,None]], -1)
+        keep = keep.cpu().double()[:,None,None]
+        rows = torch.cat([cell[...,None], channels*keep] if m.streams else [cell[...,None], channels[...,None], keep.expand(*cell.shape, 1)], -1)
         return rows.view(n, -1, *rows.shape[1:])
 
     @property
     def value(self):
         "None where nothing was seen"
-        m = self.measure
-        if m.streams: sums = self.sums
-        else:
-            if not self.kept: return
-            count,y,residual = torch.cat(self.kept).unbind(-1)
-            there = count[:,0] == 1
-            if not there.any(): return
-            sums = _sums(*m.cells((y-residual)[there], y[there]), m.n_cells)
+        m,sums = self.measure,self.sums
+        if self.kept and len(rows := torch.cat(self.kept)): sums = _sums(*m.cells(rows[...,0], rows[...,1]), m.n_cells)
         if isinstance(sums, int) or not sums[...,0].any(): return
         return _averaged(m.value(sums)[0], self.average).item()
 

@@ -26,18 +26,19 @@ def draw_reliability(
     n_bins:int=10, # Bins of equal width
     min_n:int=5, # Merge neighbours until a bin has as many rows
     title:str='', # Of the panel
+    words:tuple=('underconfident','overconfident'), # What is above the diagonal, and below
 ):
     "A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal coloured by its sign, and dots that grow with the rows of a bin."
     bins = reliability(probs, targs, n_bins, min_n=min_n)
     ax.fill_between([0,1], [0,1], 0, color=_OVER, alpha=.07, lw=0)
     ax.fill_between([0,1], [0,1], 1, color=_UNDER, alpha=.07, lw=0)
-    ax.text(.97, .03, 'overconfident', color=_OVER, ha='right')
-    ax.text(.03, .97, 'underconfident', color=_UNDER, va='top')
+    ax.text(.03, .97, words[0], color=_UNDER, va='top')
+    ax.text(.97, .03, words[1], color=_OVER, ha='right')
     ax.plot([0,1], [0,1], '--', color='grey', lw=1)
     over = bins.accuracy < bins.confidence
     ax.vlines(bins.confidence, bins.accuracy, bins.confidence, color=[_OVER if o else _UNDER for o in over], lw=4, alpha=.5)
     ax.errorbar(bins.confidence, bins.accuracy, (bins.accuracy-bins.low, bins.high-bins.accuracy), fmt='none', color='black', lw=1, capsize=2)
-    ax.scatter(bins.confidence, bins.accuracy, s=15 + 150*bins.n/max(1, bins.n.sum()), color='black', zorder=3)
+    ax.scatter(bins.confidence, bins.accuracy, s=15 + 150*bins.n/max(1, bins.n.sum()), color='black', zorder=3, clip_on=False)
     ax.set(title=title, xlim=(-.02,1.02), ylim=(-.02,1.02), aspect='equal')
 
 def _draw_counts(ax, probs, n_bins):
@@ -133,11 +134,11 @@ class CalibrationInterpretation(Interpretation):
             if unknown: raise ValueError(f'label {unknown[0]!r} is not one of {list(self.vocab)}')
             idx = [self.vocab.index(o) for o in names]
             cols = [(f'{self.vocab[k]}: {when}, ECE {{:.3f}}',p[:,k],targs[:,k]) for k in idx for when,p in (('raw',raw),(f'after {self._t}',after))]
-        n = len(cols)//2
+        n,words = len(cols)//2,dict(words=('probability too low','too high')) if self.targs.ndim == self.logits.ndim else {}
         fig,axs = plt.subplots(2*n, 2, figsize=ifnone(figsize, (8,5.2*n)), height_ratios=[4,1]*n, squeeze=False, layout='constrained')
         for i,(title,p,t) in enumerate(cols):
             top,low = axs[2*(i//2),i%2],axs[2*(i//2)+1,i%2]
-            draw_reliability(top, p, t, n_bins, title=title.format(calibration_error(p, t)))
+            draw_reliability(top, p, t, n_bins, title=title.format(calibration_error(p, t)), **words)
             _draw_counts(low, p, n_bins)
             if i%2 == 0:
                 top.set_ylabel('share of positives' if self.targs.ndim == self.logits.ndim else 'accuracy')
