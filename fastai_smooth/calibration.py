@@ -355,7 +355,7 @@ def reliability(
     if p.shape[1] > 1: raise ValueError(f'probs has {p.shape[1]} labels: give one, probs[:,k] and targs[:,k]')
     m = _Binned(n_bins, binning)
     known = ~p[:,0].isnan() # training diverged
-    if not known.any(): return pd.DataFrame(columns=['confidence','accuracy','low','high','n'])
+    if not known.any(): return pd.DataFrame(columns=['confidence','accuracy','low','high','n'], dtype=float)
     sums,rows,left = _sums(*m.cells(p[known], y[known]), n_bins)[0,0],[],torch.zeros(3, dtype=torch.double)
     for o in sums:
         left = left + o

@@ -12,6 +12,7 @@ from fastai.torch_core import tensor
 from PIL import Image
 
 from fastai_smooth import compare as cmp
+from fastai_smooth.calibration import calibration_error, reliability
 from fastai_smooth.images import *
 from fastai_smooth.compare import *
 
@@ -143,7 +144,18 @@ def test_score_by_hand():
     assert res['accuracy'] == pytest.approx(2/3)
     assert res['nll'] == pytest.approx(-(math.log(.75) + math.log(.25) + math.log(.9))/3)
     assert res['confidence_gap'] == pytest.approx((.75+.75+.9)/3 - 2/3)
-    assert res['confidence'] == pytest.approx([.75, .75, .9]) and res['correct'].tolist() == [True, False, True]
+    assert res['probs'].max(1)[0].tolist() == pytest.approx([.75, .75, .9])
+    assert res['brier'] == pytest.approx((2*.25**2 + 2*.75**2 + 2*.1**2)/3)
+    assert res['ece'] == pytest.approx((2*abs(.75 - .5) + .1)/3) # .75 and .9 lie in two bins
+    assert res['brier_low'] < res['brier'] < res['brier_high']
+
+def test_temperature_of_a_run_by_hand():
+    "The best T for z of 1 and -1, three right of four, has 1/(1+exp(-2/T)) = 3/4; cross-fitted on the others of each fifth"
+    logits,targs = tensor([[1., -1.]]).repeat(400, 1),tensor([0, 0, 0, 1]*100)
+    res = score(logits, targs)
+    assert res['temperature'] == pytest.approx(2/math.log(3))
+    assert res['nll_after_t'] == pytest.approx(-(3*math.log(.75) + math.log(.25))/4, abs=5e-3) and res['nll_after_t'] < res['nll']
+    assert res['after'][:,0].mean() == pytest.approx(.75, abs=.01)
 
 def test_nll_of_a_sure_and_wrong_model_is_finite():
     assert score(tensor([[200., 0.]]), tensor([1]))['nll'] == pytest.approx(200)
@@ -194,33 +206,34 @@ def test_table_of_one_seed_has_no_spread():
 def test_table_without_eps_0_has_no_change():
     assert list(table(hand[hand.eps > 0])) == ['eps', 'seeds', 'accuracy', 'nll', 'confidence gap']
 
-def test_reliability_by_hand():
-    "Confidence .5 opens a bin, 1 is in the last one, empty bins are left out"
-    bins = reliability(np.array([.45, .5, .58, .95, 1.]), np.array([False, True, False, True, True]), min_n=1)
-    assert bins.n.tolist() == [1, 2, 2]
-    assert np.allclose(bins.confidence, [.45, .54, .975]) and np.allclose(bins.accuracy, [0, .5, 1])
-
-@pytest.mark.parametrize('confidence,n', [
-    ([.05, .15, .25, .35], [2, 2]), ([.05, .15, .25], [3]), ([.05, .95, .96], [3]), ([.05], [1]),
-    ([.91, .92, .93], [3]), ([.05, .06, .07, .95], [4]), ([.05, .06, .07, .5, .95], [3, 2])], ids=str)
-def test_small_bins_are_merged(confidence, n):
-    "Here until they have two; what is left over at the end goes with the bin before"
-    assert reliability(np.array(confidence), np.ones(len(confidence), bool), min_n=2).n.tolist() == n
+def test_calibration_table_pools_seeds():
+    runs = [fake_run(None, eps, seed) for seed in range(2) for eps in (0., .1)]
+    rows = calibration_table(runs)
+    assert list(rows) == ['eps', 'brier', 'ece', 'nll after T', 'ece by luck', 'T'] and rows.eps.tolist() == [0., .1]
+    for i,eps in enumerate((0., .1)):
+        some = [r for r in runs if r['eps'] == eps]
+        assert rows.brier[i].startswith(f"{np.mean([r['brier'] for r in some]):.4f} [") # a mean of as many images each
+        assert rows['nll after T'][i].startswith(f"{np.mean([r['nll_after_t'] for r in some]):.4f} [")
+        probs,targs = (torch.cat([r[o] for r in some]) for o in ('probs', 'targs'))
+        assert rows.ece[i].startswith(f'{calibration_error(probs, targs):.4f} [')
+        assert rows['T'][i] == f"{np.mean([r['temperature'] for r in some]):.2f}"
 
 def test_plot_pools_seeds_into_one_curve_an_eps():
     runs = [fake_run(None, eps, seed) for seed in range(2) for eps in (0., .1)]
-    top,low = plot_reliability(runs).axes
-    diagonal,*curves = top.lines
-    assert [o.get_label() for o in curves] == ['eps 0', 'eps 0.1']
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0,1]
-    pool = [np.concatenate([r[o] for r in runs if r['eps'] == 0]) for o in ('confidence', 'correct')]
-    assert np.allclose(curves[0].get_xdata(), reliability(*pool).confidence)
-    assert np.allclose(curves[0].get_ydata(), reliability(*pool).accuracy)
-    assert sum(o.get_height() for o in low.patches) == pytest.approx(2) # each eps's shares add up to one
+    axes = plot_reliability(runs).axes
+    for (top,low),key in zip((axes[::2], axes[1::2]), ('probs', 'after')):
+        diagonal,*curves = top.lines
+        assert [o.get_label() for o in curves] == ['eps 0', 'eps 0.1']
+        assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0,1]
+        bins = reliability(*(torch.cat([r[o] for r in runs if r['eps'] == 0]) for o in (key, 'targs')), min_n=20)
+        assert np.allclose(curves[0].get_xdata(), bins.confidence) and np.allclose(curves[0].get_ydata(), bins.accuracy)
+        assert sum(o.get_height() for o in low.patches) == pytest.approx(2) # each eps's shares add up to one
 
-def test_diverged_images_are_in_no_bin():
-    assert reliability(np.array([math.nan, .3]), np.array([True, True])).n.tolist() == [1]
-    plot_reliability([dict(eps=0., confidence=np.array([math.nan]), correct=np.array([True]))])
+def test_a_diverged_run_has_nan_and_no_curve():
+    bad = dict(eps=0., seed=0, **score(torch.full((5, 3), math.nan), tensor([0, 1, 2, 0, 1])))
+    assert tidy([bad])[['nll', 'brier', 'ece', 'ece_low', 'nll_after_t']].isna().all(axis=None)
+    assert 'nan' in calibration_table([bad]).ece[0]
+    plot_reliability([bad, fake_run(None, .1, 0)])
 
 
 # ---------------------------------------------------------------- runs
@@ -260,7 +273,7 @@ def test_runs_of_one_seed_are_pairs(monkeypatch, options):
 
 def test_a_run_repeats_bit_by_bit():
     a,b,c = (one_run(few(), eps, 0, noise=.2, augment=True, **TINY) for eps in (0., 0., .4))
-    assert (a['confidence'] == b['confidence']).all() and all(a[o] == b[o] for o in METRICS)
+    assert (a['probs'] == b['probs']).all() and all(a[o] == b[o] for o in METRICS)
     assert a['nll'] != c['nll'] # and eps does something
 
 def test_a_run_leaves_the_random_state_alone():
@@ -287,6 +300,45 @@ def test_archs_of_torchvision_and_fastai(arch):
     check_training(few(), arch, False, 32, 8)
 
 
+# ---------------------------------------------------------------- --eps auto
+
+def test_eps_is_chosen_on_training_images_alone(monkeypatch):
+    "With their noisy labels, a fifth of them held out; validation images are not seen"
+    seen = []
+    make = cmp.get_dls
+    def get_dls(data, seed, **kwargs):
+        seen.append(data)
+        return make(data, seed, **kwargs)
+    monkeypatch.setattr(cmp, 'get_dls', get_dls)
+    data = few(200)
+    found = choose_eps(data, noise=.3, size=32, **{k:v for k,v in TINY.items() if k != 'progress'})
+    train = np.flatnonzero(~split_valid(data.classes, 0))
+    assert len(seen) == 1 and all((a == data.images[i]).all() for a,i in zip(seen[0].images, train)) and len(seen[0].images) == len(train)
+    assert seen[0].classes.tolist() == flip_labels(data.classes, .3, 10, 0)[train].tolist()
+    assert .15 < seen[0].is_valid.mean() < .3
+    assert 0 <= found.eps <= .4 and found.eps == pytest.approx(min(.4, found.valid_error*10/9))
+
+def test_auto_is_compared_with_0(monkeypatch, tmp_path, capsys):
+    from fastai_smooth.tune import EpsSuggestion
+    found = EpsSuggestion(.1234, (.1, .2), .01, (0., .05), .111, (.1, .15), 'closed form')
+    monkeypatch.setattr(cmp, 'choose_eps', lambda *args, **kwargs: found)
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    for eps,expected in (['auto'], [0, .123]), ([.3, 'auto'], [.3, .123]), ([.123, 0, 'auto'], [.123, 0]):
+        assert run_main('--eps', *eps, '--seeds', 1, *ARCH, '--out', tmp_path) == 0
+        assert pd.read_csv(tmp_path/'results.csv').eps.tolist() == expected
+        assert 'eps auto: 0.123 [0.100, 0.200]' in capsys.readouterr().out
+
+def test_auto_with_too_large_batches(photos, tmp_path, capsys, no_training):
+    assert run_main('--data', photos, '--eps', 'auto', *ARCH, '--bs', 16, '--epochs', 1, '--out', tmp_path/'o') == 2
+    assert re.fullmatch(r'fastai_smooth: --eps auto: .*; give --bs 12 or less\n', capsys.readouterr().err)
+
+def test_auto_for_real(photos, tmp_path, capsys):
+    assert run_main('--data', photos, '--eps', 'auto', *ARCH, '--bs', 4, '--epochs', 1, '--seeds', 1, '--out', tmp_path/'o') == 0
+    out = capsys.readouterr().out
+    eps = float(re.search(r'eps auto: (\S+) ', out)[1])
+    assert pd.read_csv(tmp_path/'o'/'results.csv').eps.tolist() == list(dict.fromkeys([0., eps]))
+
+
 # ---------------------------------------------------------------- the command
 
 def command(out, *args, **kwargs):
@@ -304,7 +356,8 @@ def test_from_end_to_end(photos, tmp_path, capsys):
     assert p.returncode == 0 and err == '', err
     assert 'Epoch 1/1' in out and 'train_loss' in out # fastai's progress
     res = pd.read_csv(tmp_path/'a'/'results.csv')
-    assert list(res) == ['eps', 'seed', *METRICS] and res.eps.tolist() == [0, .2] and res.seed.tolist() == [0, 0]
+    assert list(res) == ['eps', 'seed', *METRICS, 'brier', 'brier_low', 'brier_high', 'ece', 'ece_low', 'ece_high',
+                         'nll_after_t', 'nll_after_t_low', 'nll_after_t_high', 'temperature'] and res.eps.tolist() == [0, .2] and res.seed.tolist() == [0, 0]
     assert table(res).to_string(index=False) in out
     img = Image.open(tmp_path/'a'/'reliability.png')
     assert min(img.size) > 500 and len(img.convert('RGB').getcolors(1 << 24)) > 20
