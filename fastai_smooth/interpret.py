@@ -59,7 +59,7 @@ class CalibrationInterpretation(Interpretation):
         self.logits = self.logits.double()
         self.multi,self.fitted = self.targs.ndim == self.logits.ndim and self.targs.ndim == 2,learn.temperature != 1.
         self.temperature = learn.temperature if self.fitted else best_temperature(self.logits, self.targs) or 1.
-        scaled = self.logits/torch.as_tensor(self.temperature) if self.fitted else cross_fitted(self.logits, self.targs)
+        scaled = self.logits/torch.as_tensor(self.temperature, dtype=torch.double) if self.fitted else cross_fitted(self.logits, self.targs)
         self.raw,self.after = self._probs(self.logits),self._probs(scaled)
         vocab = L(getattr(dl, 'vocab', None))
         if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1])
@@ -179,7 +179,7 @@ class CalibrationInterpretation(Interpretation):
         **kwargs # Of `plot_top_losses`
     ) -> tuple: # confidences, indices into the data
         "The wrong decisions that the model was most sure of (raw): of several labels, by the worst label of a row. For one prediction an input."
-        if len(self.rows) != self.total or self.total != len(getattr(self.dl, 'get_idxs', self.dl.dataset.__len__)() if hasattr(self.dl, 'get_idxs') else self.dl.dataset):
+        if not len(self.rows) == self.total == len(self.dl.dataset):
             raise ValueError(f'most_overconfident needs one prediction an input, and all of them: there are {self.total} predictions, of which {len(self.rows)} are here')
         sure,right = self._decisions(self.raw)
         wrong = torch.where(right, 0., sure).view(len(self.rows), -1).amax(1)

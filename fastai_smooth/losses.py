@@ -228,7 +228,9 @@ class TemperedActivation:
         t = self.temperature
         return self.loss.activation(x / (torch.as_tensor(t, dtype=x.dtype, device=x.device) if isinstance(t, list) else t))
 
-def untempered(loss):
+def untempered(
+    loss # A loss, of `tempered` or not
+):
     "The loss that `tempered` was given, or `loss` itself."
     return getattr(getattr(loss, 'activation', None), 'loss', loss)
 

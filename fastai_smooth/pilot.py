@@ -89,7 +89,7 @@ class RawPreds(NamedTuple):
     "Logits with their targets, and where they come from."
     logits:Tensor # (N,K), or (N,) for single events
     targs:Tensor  # (N,) class indices, or shaped like `logits`
-    rows:Tensor   # (N,) number of the prediction, in the order of the data loader
+    rows:Tensor   # (N,) number of the prediction: with one a data item, of the item; else in the order of the data loader
     total:int     # of predictions, of which these are some or all
 
 class _GatherRows(Callback):
@@ -117,7 +117,14 @@ def raw_preds(
     with pilot(learn, train=False) as quiet:
         if dl is None: dl = learn.dls[ds_idx]
         if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
+        items = None
+        if hasattr(dl, 'get_idxs'): # texts, say, are sorted by length: keep their order to undo it
+            items = list(dl.get_idxs())
+            dl = dl.new(get_idxs=partial(noop, items))
         cb = _GatherRows(max_numel, seed)
         with quiet.validation_context(cbs=[cb]): quiet._do_epoch_validate(dl=dl)
     if not cb.kept or not sum(len(o[0]) for o in cb.kept): raise ValueError('there are no predictions with a target in these data')
-    return RawPreds(*map(torch.cat, zip(*cb.kept)), cb.total)
+    res = RawPreds(*map(torch.cat, zip(*cb.kept)), cb.total)
+    if items is None or len(items) != res.total: return res
+    rows,order = torch.tensor(items)[res.rows].sort()
+    return RawPreds(res.logits[order], res.targs[order], rows, res.total)

@@ -45,7 +45,7 @@ def noise_estimate(
     logits,targs = logits.double(),targs.double() if targs.ndim == 2 else targs.long()
     def profile(eta): return minimize_scalar(lambda b: _mixed_nll(logits, targs, eta, b), bounds=(-5,5), method='bounded', options=dict(xatol=1e-3)).fun
     best = minimize_scalar(profile, bounds=(0,.999), method='bounded', options=dict(xatol=1e-4))
-    eta,least = (best.x,best.fun) if best.fun < profile(0.) else (0.,profile(0.))
+    eta,least = (float(best.x),best.fun) if best.fun < profile(0.) else (0.,profile(0.))
     allowed = 3.841/2/len(logits) # 95% quantile of chi square with one degree of freedom
     def above(o): return profile(o) - least - allowed
     return NoiseEstimate(eta, brentq(above, 0, eta, xtol=1e-3) if above(0.) > 0 else 0., brentq(above, eta, .999, xtol=1e-3) if above(.999) > 0 else 1.)
@@ -127,11 +127,11 @@ def _scores(epss, preds):
 def _of_grid(first, scores):
     "The suggestion from a grid, whose pilot with eps=0 said `first`"
     good = scores.eps[scores.behind <= scores.se]
-    eps = good.min()
+    eps = float(good.min())
     if len(good) == len(scores): verdict = 'no evidence: all of the grid are within one standard error of the best'
     else: verdict = 'the smallest eps within one standard error of the best'
     if eps == scores.eps.max(): warnings.warn(f'the best eps is {eps:g}, the edge of the grid: add larger ones to epss=')
-    return first._replace(eps=eps, eps_interval=(eps, good.max()), verdict=verdict, scores=scores)
+    return first._replace(eps=eps, eps_interval=(eps, float(good.max())), verdict=verdict, scores=scores)
 
 # %% ../nbs/09_tune.ipynb #61f62cd2
 def _plot_pilot(found, logits, targs):
@@ -156,7 +156,7 @@ def _plot_grid(found):
     ax.legend()
 
 # %% ../nbs/09_tune.ipynb #3850509f
-def _grid(epss, cap):
+def _grid(epss):
     if epss is None: return None
     epss = sorted({0., *map(float, epss)})
     bad = [o for o in epss if not 0 <= o <= 1]
@@ -187,7 +187,7 @@ def eps_find(self:Learner,
     if not (0 < share <= 1 and n_epoch >= 1 and 0 < cap <= 1): raise ValueError(f'share and cap must be in (0,1], n_epoch 1 or more: got share={share}, cap={cap}, n_epoch={n_epoch}')
     if epss is not None and not full: raise ValueError('epss goes with full=True')
     if kwargs and not full: raise ValueError(f'{", ".join(kwargs)}: goes with full=True, the one pilot is not smoothed')
-    epss = _grid(epss, cap)
+    epss = _grid(epss)
     n = max(1, round(share*n_epoch))
     if fit is None: fit = lambda o: o.fit_one_cycle(n, lr)
     run = partial(_pilot_preds, self, fit=fit, ds_idx=ds_idx, seed=seed, options=kwargs)
