@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_probs', 'events', 'nll', 'brier_score', 'calibration_error', 'classwise_calibration_error',
-           'smooth_calibration_error', 'null_floor', 'bootstrap_interval', 'binomial_interval', 'reliability',
+           'smooth_calibration_error', 'null_floor', 'binomial_interval', 'bootstrap_interval', 'reliability',
            'prediction_rows', 'CalibrationMetric', 'NLL', 'Brier', 'ECE', 'ClasswiseECE', 'SmoothECE']
 
 # %% ../nbs/05_calibration.ipynb #c15a06b6
@@ -54,18 +54,21 @@ def check_probs(
     return probs,targs.long(),task
 
 # %% ../nbs/05_calibration.ipynb #8ca73774
+def _events(probs, targs, task, classwise=False):
+    "`events` of what `check_probs` gives"
+    if task == 'labels': return probs,targs.double()
+    if task == 'event': return probs[:,None],targs.double()[:,None]
+    if classwise: return probs,F.one_hot(targs, probs.shape[1]).double()
+    p,pred = probs.max(1)
+    return p[:,None],(pred==targs).double()[:,None]
+
 def events(
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     classwise:bool=False, # with class indices: one event a class, instead of "the predicted class is right"
 ):
     "Probabilities and outcomes, each (N,M): M is K for labels and with `classwise`, else 1."
-    probs,targs,task = check_probs(probs, targs)
-    if task == 'classes' and classwise: return probs,F.one_hot(targs, probs.shape[1]).double()
-    if task == 'classes':
-        p,pred = probs.max(1)
-        return p[:,None],(pred==targs).double()[:,None]
-    return (probs[:,None],targs.double()[:,None]) if task == 'event' else (probs,targs.double())
+    return _events(*check_probs(probs, targs), classwise)
 
 # %% ../nbs/05_calibration.ipynb #afd26e00
 def _sums(cell, channels, n_cells, group=None, n_groups=1):
@@ -79,26 +82,26 @@ def _sums(cell, channels, n_cells, group=None, n_groups=1):
 # %% ../nbs/05_calibration.ipynb #3dff9c27
 def _log(p): return p.log().clamp(min=-100)
 
-def _nll_rows(probs, targs):
-    probs,targs,task = check_probs(probs, targs)
+def _nll_rows(probs, targs, task):
     if task == 'classes': return -_log(probs.gather(1, targs[:,None]))
     res = -_log(torch.where(targs==1, probs, 1-probs))
     return res[:,None] if task == 'event' else res
 
-def _brier_rows(probs, targs):
-    p,y = events(probs, targs, classwise=True)
-    return (p-y)**2 if np.shape(targs) == np.shape(probs) else ((p-y)**2).sum(1, keepdim=True)
+def _brier_rows(probs, targs, task):
+    if task == 'classes': return (probs**2).sum(1, keepdim=True) + 1 - 2*probs.gather(1, targs[:,None]) # squares of p-1 for the truth, p for the others
+    p,y = _events(probs, targs, task)
+    return (p-y)**2
 
-def _right_rows(probs, targs):
-    p,y = events(probs, targs)
-    return y if np.shape(targs) != np.shape(probs) else ((p > .5) == (y == 1)).double()
+def _right_rows(probs, targs, task):
+    p,y = _events(probs, targs, task)
+    return y if task == 'classes' else ((p > .5) == (y == 1)).double()
 
 class _Mean:
     "A measure that is the mean of what `of` gives: a value a row, or one a row and label."
     streams,n_cells,calibration = True,1,False
-    def __init__(self, of): self.of = of
-    def rows(self, probs, targs):
-        v = self.of(probs, targs)
+    def __init__(self, of, worst=torch.amax): self.of,self.worst = of,worst
+    def rows(self, *checked):
+        v = self.of(*checked)
         return torch.zeros_like(v, dtype=torch.long),torch.stack([torch.ones_like(v), v], -1)
     def value(self, sums): return sums[...,0,1] / sums[...,0,0]
 
@@ -110,7 +113,7 @@ def _mean_abs(g, sd):
 
 class _Binned:
     "Calibration error over bins; `classwise`: of each class, or of the predicted one."
-    calibration = True
+    calibration,worst = True,torch.amax
     def __init__(self, n_bins=15, binning='width', norm='l1', debias=False, classwise=False):
         if not (isinstance(n_bins, int) and n_bins > 0): raise ValueError(f'n_bins must be a whole number above 0, got {n_bins}')
         if binning not in ('width','mass'): raise ValueError(f"binning must be 'width' or 'mass', got {binning!r}")
@@ -119,7 +122,7 @@ class _Binned:
         self.n_cells,self.binning,self.norm,self.debias,self.classwise = n_bins,binning,norm,debias,classwise
         self.streams = binning == 'width' # the bins of equal mass are known when all rows are
 
-    def rows(self, probs, targs): return self.cells(*events(probs, targs, self.classwise))
+    def rows(self, *checked): return self.cells(*_events(*checked, self.classwise))
 
     def cells(self, p, y):
         "Bins are [low,high), the last one [low,1]"
@@ -160,9 +163,9 @@ def _spread(field, sigma):
 
 class _Smooth:
     "Kernel-smoothed calibration error on a grid of `n_cells`."
-    streams,calibration,n_cells = True,True,1000
-    def rows(self, probs, targs):
-        p,y = events(probs, targs)
+    streams,calibration,worst,n_cells = True,True,torch.amax,1000
+    def rows(self, *checked):
+        p,y = _events(*checked)
         return (p.nan_to_num()*self.n_cells).long().clamp(max=self.n_cells-1),torch.stack([torch.ones_like(p), y, y-p], -1)
 
     def field(self, residuals, sums, at=None):
@@ -183,14 +186,16 @@ class _Smooth:
         return (low+high)/2
 
 # %% ../nbs/05_calibration.ipynb #f1f214d4
-def _averaged(values, average):
+def _averaged(values, average, worst=torch.amax):
     "Of `values` (...,M): their mean, the worst, or all."
     if average == 'macro': return values.mean(-1)
-    if average == 'worst': return values.amax(-1)
+    if average == 'worst': return worst(values, -1)
     if average is None: return values.squeeze(-1) if values.shape[-1]==1 else values
     raise ValueError(f"average must be 'macro', 'worst' or None, got {average!r}")
 
-def _measured(m, probs, targs, average): return _averaged(m.value(_sums(*m.rows(probs, targs), m.n_cells))[0], average)
+def _value(m, checked, average): return _averaged(m.value(_sums(*m.rows(*checked), m.n_cells))[0], average, m.worst)
+
+def _measured(m, probs, targs, average): return _value(m, check_probs(probs, targs), average)
 
 def nll(
     probs:Tensor, # (N,) or (N,K) probabilities
@@ -242,48 +247,75 @@ def smooth_calibration_error(
 
 _MEASURES = {nll: lambda: _Mean(_nll_rows), brier_score: lambda: _Mean(_brier_rows), calibration_error: _Binned,
              classwise_calibration_error: partial(_Binned, classwise=True), smooth_calibration_error: _Smooth,
-             accuracy: lambda: _Mean(_right_rows), accuracy_multi: lambda: _Mean(_right_rows)}
+             accuracy: lambda: _Mean(_right_rows, torch.amin), accuracy_multi: lambda: _Mean(_right_rows, torch.amin)}
 
 def _measure(measure, **kwargs):
     if measure in _MEASURES: return _MEASURES[measure](**kwargs)
     raise TypeError(f'{getattr(measure, "__name__", measure)} is not known here: use one of {", ".join(o.__name__ for o in _MEASURES)}')
 
 # %% ../nbs/05_calibration.ipynb #8cdbe5da
-def _drawn(probs, task, gen):
-    "Labels that the model would be right about on the average"
-    if task == 'classes': return torch.multinomial(probs, 1, replacement=True, generator=gen)[:,0]
-    return torch.bernoulli(probs, generator=gen).long()
+def _check_level(level):
+    if not 0 < level < 1: raise ValueError(f'level must be a share between 0 and 1, got {level}')
+
+def _numbered(groups, n):
+    "Groups by number from 0 (N,), and how many there are; None: each row is one"
+    if groups is None: return torch.arange(n),n
+    if len(groups) != n: raise ValueError(f'groups must say of each of the {n} rows to which it belongs, got {len(groups)}')
+    numbers = torch.as_tensor(groups).unique(return_inverse=True)[1]
+    return numbers,int(numbers.max())+1
+
+def _drawn(cumulated, group, n_groups, gen):
+    "Labels that the model would be right about on the average; rows of a group have the same luck"
+    luck = torch.rand(n_groups, *cumulated.shape[1:2], generator=gen, dtype=torch.double)[group]
+    return (luck < cumulated).long()
+
+def _drawn_classes(cumulated, group, n_groups, gen):
+    luck = torch.rand(n_groups, 1, generator=gen, dtype=torch.double)[group]
+    return torch.searchsorted(cumulated, luck, right=True)[:,0].clamp(max=cumulated.shape[1]-1)
 
 def null_floor(
     measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # Labels; only their shape counts
     level:float=.95, # Share of perfect models whose value is at most `upper`
-    n_draws:int=1000, # Perfect models to draw; fewer, but not below 100, where rows and classes are many
+    n_draws:int=1000, # Perfect models to draw; fewer, but not below 20, where rows and classes are many
     average:str='macro', # Labels: 'macro' mean, 'worst', or None for one value a label
+    groups:Tensor=None, # (N,) rows with the same number share their luck, such as the pixels of an image (None: each has its own)
     seed:int=0, # Decides the draws
     **kwargs # Of the measure
 ) -> tuple: # mean, upper
     "What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed."
-    m,(p,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
-    if p.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
+    m,(probs,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
+    if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
     gen = torch.Generator().manual_seed(seed)
-    n = max(100, min(n_draws, 2*10**8 // p.numel()))
-    values = torch.stack([_averaged(m.value(_sums(*m.rows(probs, _drawn(p, task, gen)), m.n_cells))[0], average) for _ in range(n)])
+    _check_level(level)
+    n,group = min(n_draws, max(20, 10**8 // probs.numel())),_numbered(groups, len(probs))
+    draw,p = (_drawn_classes,probs.cumsum(1)) if task == 'classes' else (_drawn,probs)
+    values = torch.stack([_value(m, (probs, draw(p, *group, gen), task), average) for _ in range(n)])
     return values.mean(0),values.quantile(level, 0)
 
 # %% ../nbs/05_calibration.ipynb #e2ebea47
-def _grouped(m, cell, channels, gen, most=2**24):
-    "Sums of the rows, each alone, or where that would be too much in groups at random (groups,M,cells,C)."
-    n = len(cell)
-    g = min(n, max(200, most // (cell.shape[1]*m.n_cells*channels.shape[-1])))
-    group = torch.arange(n) if g == n else torch.randperm(n, generator=gen) % g
+def binomial_interval(
+    k:int, # Successes
+    n:int, # Trials, 1 or more
+    level:float=.95, # Share of samples whose interval holds the truth
+): 
+    "Wilson's interval for a probability: (low, high)."
+    return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, 'wilson')))
+
+def _grouped(m, cell, channels, groups, gen, most=2**24):
+    "Sums of the groups, or where they are too many, of groups of groups at random (groups,M,cells,C)."
+    group,n = _numbered(groups, len(cell))
+    g = min(n, 5000, max(200, most // (cell.shape[1]*m.n_cells*channels.shape[-1])))
+    if g < n: group = (torch.randperm(n, generator=gen) % g)[group]
     return _sums(cell, channels, m.n_cells, group, g)
 
 def _weighted(groups, weights): return (weights @ groups.reshape(len(groups), -1)).view(len(weights), *groups.shape[1:])
 
 def _quantiles(m, groups, average, level, n_boot, gen):
-    "The interval of a mean: what bootstrap samples give."
+    "The interval of a mean: what bootstrap samples give; of the share of right ones, Wilson's."
+    if m.of is _right_rows and groups.shape[1] == 1 and groups[...,0].amax() == 1:
+        return binomial_interval(groups[...,1].sum(), groups[...,0].sum(), level)
     g = len(groups)
     times = torch.stack([torch.bincount(torch.randint(g, (g,), generator=gen), minlength=g) for _ in range(n_boot)]).double()
     values = _averaged(m.value(_weighted(groups, times)), average)
@@ -307,10 +339,10 @@ def _inverted(m, groups, average, level, n_boot, gen):
     wide = torch.where(field < 0, -1, 1) * (field**2 + noise.var(0)).sqrt()
     return min(seen, end(field, (1+level)/2)),max(seen, end(wide, (1-level)/2))
 
-def _interval(m, cell, channels, average, level, n_boot, seed):
+def _interval(m, cell, channels, average, level, n_boot, groups, seed):
     gen = torch.Generator().manual_seed(seed)
-    groups = _grouped(m, cell, channels, gen)
-    n_boot = max(200, min(n_boot, 2**26 // groups[0].numel()))
+    groups = _grouped(m, cell, channels, groups, gen)
+    n_boot = min(n_boot, max(200, 2**26 // groups[0].numel()))
     return (_inverted if m.calibration else _quantiles)(m, groups, average, level, n_boot, gen)
 
 def bootstrap_interval(
@@ -319,29 +351,27 @@ def bootstrap_interval(
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     level:float=.95, # Share of samples whose interval holds the truth
     n_boot:int=1000, # Bootstrap samples; fewer, but not below 200, where labels and bins are many
-    average:str='macro', # Labels: 'macro' mean, 'worst', or None for an interval a label
+    average:str='macro', # Labels: 'macro' mean, the 'worst' one here, or None for an interval a label
+    groups:Tensor=None, # (N,) rows with the same number belong together, such as the pixels of an image (None: all are independent)
     seed:int=0, # Decides the draws
     **kwargs # Of the measure
 ) -> tuple: # low, high; a list of them where `average` is None and there are several labels
     """An interval for what `measure` would give on all rows there might be, of which these are a sample.
 
-    Of a mean (NLL, Brier, accuracy) the bootstrap's quantiles. Of a calibration error, the errors that a wild bootstrap finds neither too small nor too large
-    for what was seen, over the same bins; it is for the error itself, whether or not the value has `debias`."""
+    Of a mean (NLL, Brier) the bootstrap's quantiles, too narrow where all of it comes from a handful of rows; of accuracy Wilson's interval. Of a calibration error, the errors that a wild bootstrap finds neither too small nor too large
+    for what was seen, over the same bins; it is for the error itself, whether or not the value has `debias`. 'worst' is the interval of the label that is worst in
+    these rows."""
+    _check_level(level)
     m = _measure(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
-    cell,channels = m.rows(probs, targs)
-    if average is not None: return _interval(m, cell, channels, average, level, n_boot, seed)
-    res = [_interval(m, cell[:,[k]], channels[:,[k]], 'macro', level, n_boot, seed) for k in range(cell.shape[1])]
-    return res[0] if len(res) == 1 else res
+    cell,channels = m.rows(*check_probs(probs, targs))
+    _averaged(torch.zeros(1), average) # is it known?
+    if average == 'macro': return _interval(m, cell, channels, average, level, n_boot, groups, seed)
+    def of_label(k): return _interval(m, cell[:,[k]], channels[:,[k]], 'macro', level, n_boot, groups, seed)
+    if average is None: return [of_label(k) for k in range(cell.shape[1])] if cell.shape[1] > 1 else of_label(0)
+    values = m.value(_sums(cell, channels, m.n_cells))[0]
+    return of_label((values == m.worst(values, -1)).nonzero()[0].item() if not values.isnan().any() else 0)
 
 # %% ../nbs/05_calibration.ipynb #54dd557a
-def binomial_interval(
-    k:int, # Successes
-    n:int, # Trials, 1 or more
-    level:float=.95, # Share of samples whose interval holds the truth
-): 
-    "Wilson's interval for a probability: (low, high)."
-    return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, 'wilson')))
-
 def reliability(
     probs:Tensor, # (N,) or (N,K) probabilities; of labels, one column
     targs:Tensor, # (N,) of 0/1 or of class indices
@@ -371,9 +401,12 @@ def prediction_rows(
     loss=None, # For its `axis` (else the last) and `ignore_index`
 ):
     "`pred` as (N,K), or (N,) for single events; `targ` to go with it, 0 where it is to be ignored; and (N,) False for those."
+    for o in (pred, targ):
+        if not isinstance(o, Tensor): raise TypeError(f'needs one tensor of predictions and one of targets, got a {type(o).__name__}')
     pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
     if pred.ndim < 2: return pred,targ.reshape(pred.shape),torch.ones_like(pred, dtype=torch.bool)
-    axis = getattr(loss, 'axis', -1)
+    images = pred.ndim > 2 and targ.ndim == pred.ndim-1 and targ.shape[1:] == pred.shape[2:] # as torch's losses have them, which say no axis
+    axis = getattr(loss, 'axis', 1 if images else -1)
     pred = pred.movedim(axis, -1)
     k = pred.shape[-1]
     if targ.numel() == pred.numel() and (k == 1 or targ.is_floating_point() or targ.ndim == pred.ndim):
@@ -391,8 +424,9 @@ def _double(x):
 class CalibrationMetric(Metric):
     "What the metrics of this page share; `act` makes probabilities of predictions (None: the activation of the Learner's loss)."
     def __init__(self, measure, name, average='macro', act=None, **kwargs):
-        _averaged(torch.zeros(2), ifnone(average, 'None')) # a metric is one number
-        self.measure,self._name,self.average,self.act = _measure(measure, **kwargs),name,average,act
+        if average not in ('macro','worst'): raise ValueError(f"average must be 'macro' or 'worst', got {average!r}: a metric is one number")
+        self.measure,self.average,self.act = _measure(measure, **kwargs),average,act
+        self._name = name if average == 'macro' else f'{name}_{average}'
 
     def reset(self): self.sums,self.kept = 0,[]
     @property
@@ -413,7 +447,9 @@ class CalibrationMetric(Metric):
         the probability, the outcome, and is it there"""
         act,n,m = self.act or getcallable(loss, 'activation'),len(pred),self.measure
         probs,targ,keep = prediction_rows(act(_double(pred)), targ, loss)
-        try: cell,channels = m.rows(probs, targ) if m.streams else events(probs, targ, m.classwise)
+        try:
+            checked = check_probs(probs, targ)
+            cell,channels = m.rows(*checked) if m.streams else _events(*checked, m.classwise)
         except ValueError as e: raise ValueError(f'metric {self.name}: {e}' + ('' if hasattr(loss, 'activation') or self.act else
             f" (the loss {getattr(loss, '__name__', type(loss).__name__)} has no activation: pass act=, say act=partial(F.softmax, dim=-1))")) from None
         keep = keep.cpu().double()[:,None,None]
@@ -449,7 +485,7 @@ def ECE(
     **kwargs # binning, norm and debias of `calibration_error`
 ):
     "`calibration_error` as a metric."
-    return CalibrationMetric(calibration_error, 'ece', average, act, n_bins=n_bins, **kwargs)
+    return CalibrationMetric(calibration_error, 'ece' if n_bins == 15 else f'ece{n_bins}', average, act, n_bins=n_bins, **kwargs)
 
 def ClasswiseECE(
     n_bins:int=15, # Bins
@@ -458,7 +494,7 @@ def ClasswiseECE(
     **kwargs # binning, norm and debias of `classwise_calibration_error`
 ):
     "`classwise_calibration_error` as a metric."
-    return CalibrationMetric(classwise_calibration_error, 'classwise_ece', average, act, n_bins=n_bins, **kwargs)
+    return CalibrationMetric(classwise_calibration_error, 'classwise_ece' if n_bins == 15 else f'classwise_ece{n_bins}', average, act, n_bins=n_bins, **kwargs)
 
 def SmoothECE(
     average:str='macro', # Labels: 'macro' mean or 'worst'

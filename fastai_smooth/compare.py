@@ -30,22 +30,24 @@ CALIBRATION = dict(brier=(brier_score, 'probs'), ece=(calibration_error, 'probs'
 def measures(
     runs:list, # dicts from `score` or `one_run`
 ):
-    "By name of `CALIBRATION`: the value of all `runs` in one pool, and its 95% interval."
+    "By name of `CALIBRATION`: the value of all `runs` in one pool, and its 95% interval; an image that several runs have counts as one."
     def pool(o): return torch.cat([r[o] for r in runs])
-    return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'))) for name,(f,o) in CALIBRATION.items()}
+    return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'), groups=pool('images'))) for name,(f,o) in CALIBRATION.items()}
 
 def score(
     logits:Tensor, # (n,K)
     targs:Tensor, # (n,) true class indices
+    images:Tensor=None, # (n,) their numbers, by which runs have them in common
 ):
     """A dict of `METRICS`, `temperature`, `CALIBRATION` with intervals, and of what they are made from: `probs` and, after a cross-fitted temperature,
-    `after`, both (n,K), and `targs`."""
+    `after`, both (n,K), `targs` and `images`."""
     logits,targs = logits.as_subclass(Tensor).double(),targs.as_subclass(Tensor)
     probs = logits.softmax(1)
     confidence,pred = probs.max(1)
     acc = (pred == targs).double().mean().item()
     res = dict(accuracy=acc, nll=F.cross_entropy(logits, targs).item(), confidence_gap=confidence.mean().item() - acc,
-               temperature=best_temperature(logits, targs) or 1., probs=probs, after=cross_fitted(logits, targs).softmax(1), targs=targs)
+               temperature=best_temperature(logits, targs) or 1., probs=probs, after=cross_fitted(logits, targs).softmax(1), targs=targs,
+               images=torch.arange(len(targs)) if images is None else images)
     for name,values in measures([res]).items(): res.update(zip((name, f'{name}_low', f'{name}_high'), values))
     return res
 
@@ -100,7 +102,8 @@ def one_run(
             if pretrained: learn.fine_tune(epochs, lr)
             else: learn.fit_one_cycle(epochs, lr)
             logits,targs = learn.get_preds(act=noop)
-    return dict(eps=eps, seed=seed, **score(logits, targs))
+    valid = split_valid(data.classes, seed) if data.is_valid is None else data.is_valid
+    return dict(eps=eps, seed=seed, **score(logits, targs, torch.tensor(np.flatnonzero(valid))))
 
 # %% ../nbs/11_compare.ipynb #18a18d21
 def tidy(
@@ -147,8 +150,8 @@ def calibration_table(
     "One row an eps, to be read by people: `CALIBRATION` of all seeds in one pool with 95% intervals, ECE by luck alone (mean), and the mean temperature."
     def row(pool):
         res = {name:'{:.4f} [{:.4f}, {:.4f}]'.format(*o) for name,o in measures(pool).items()}
-        probs,targs = (torch.cat([r[o] for r in pool]) for o in ('probs','targs'))
-        res['ece by luck'] = f'{null_floor(calibration_error, probs, targs, n_draws=200)[0]:.4f}'
+        probs,targs,images = (torch.cat([r[o] for r in pool]) for o in ('probs','targs','images'))
+        res['ece by luck'] = f'{null_floor(calibration_error, probs, targs, n_draws=200, groups=images)[0]:.4f}'
         return {**{k.replace('_t', ' T').replace('_', ' '):v for k,v in res.items()}, 'T': f'{np.mean([r["temperature"] for r in pool]):.2f}'}
     epss = list(dict.fromkeys(r['eps'] for r in runs))
     return pd.DataFrame([dict(eps=eps, **row([r for r in runs if r['eps'] == eps])) for eps in epss])
@@ -213,7 +216,8 @@ def choose_eps(
     def fit(learn): (learn.fine_tune if pretrained else learn.fit_one_cycle)(n, lr)
     with no_random(0):
         learn = get_learner(get_dls(train, 0, bs=bs, **kwargs), 0, arch, pretrained)
-        return learn.eps_find(epochs, fit=fit, show_plot=False)
+        with or_bad_input(f'--eps auto: the pilot failed; try another --lr than {lr:g}, or give eps as a number'):
+            return learn.eps_find(epochs, fit=fit, show_plot=False)
 
 def _with_auto(epss, data, options):
     "`epss` with 'auto' carried out; alone, it is compared with 0"

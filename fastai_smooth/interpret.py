@@ -11,10 +11,11 @@ from fastai.interpret import Interpretation
 from fastai.metrics import accuracy, accuracy_multi
 from matplotlib.ticker import PercentFormatter
 from .calibration import *
+from .calibration import _measure, _measured
 from .callback import _unmixed
 from .losses import untempered
-from .pilot import RawPreds, raw_preds
-from .temperature import _check_activation, best_temperature, cross_fitted
+from .pilot import RawPreds, pilot, raw_preds
+from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted
 
 # %% ../nbs/08_interpret.ipynb #ff27fd2a
 _OVER,_UNDER = 'C1','C0'
@@ -64,7 +65,13 @@ class CalibrationInterpretation(Interpretation):
         vocab = L(getattr(dl, 'vocab', None))
         if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1])
         self.vocab = vocab if self.logits.ndim == 2 and len(vocab) == self.logits.shape[1] else L(range(self.logits.shape[-1])).map(str)
+        n = len(dl.dataset) if hasattr(dl, 'dataset') else self.total
+        self.items = self.rows // max(1, self.total // max(1, n)) # rows of one item are not independent
         super().__init__(learn, dl, self._row_losses())
+
+    def __getitem__(self, idxs):
+        "As of `Interpretation`, with no trace in the Learner"
+        with pilot(self.learn, train=False) as quiet: return Interpretation(quiet, self.dl, self.losses, self.act)[idxs]
 
     @classmethod
     def from_learner(cls,
@@ -73,8 +80,12 @@ class CalibrationInterpretation(Interpretation):
         dl:DataLoader=None # Data with targets
     ):
         "From the predictions of `learn`. Raises a TypeError for a loss whose activation is neither softmax nor sigmoid, a ValueError for data without targets."
-        preds = raw_preds(learn, ds_idx, dl)
-        return cls(learn, learn.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl, preds)
+        _check_has_activation(untempered(_unmixed(learn.loss_func)))
+        preds = raw_preds(learn, ds_idx, dl, max_numel=2**23) # more would take minutes to judge
+        if dl is None:
+            dl = learn.dls[ds_idx]
+            with no_random(): dl = dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') else dl
+        return cls(learn, dl, preds)
 
     def _probs(self, logits): return torch.sigmoid(logits) if self.targs.ndim == logits.ndim else logits.softmax(1)
 
@@ -95,22 +106,21 @@ class CalibrationInterpretation(Interpretation):
         n_boot:int=1000, # Bootstrap samples
     ) -> pd.DataFrame: # One row a measure, 'raw' and 'after': value, low, high, floor, floor_high, n, T
         """Measures with their 95% intervals (`low`, `high`) and null floor, what a perfectly calibrated model with these probabilities would show on as many rows: on the average
-        (`floor`), and with luck up to `floor_high`. NLL and Brier are proper scores, and come first; the others are calibration alone."""
+        (`floor`), and with luck up to `floor_high`. NLL and Brier are proper scores, and come first; the others are calibration alone. Rows of one item, such as
+        the pixels of an image, count as depending on each other. A temperature that was fitted to the Learner on these very data looks a little too good."""
+        if average not in ('macro','worst'): raise ValueError(f"average must be 'macro' or 'worst', got {average!r}; by_label=True shows each label")
         if by_label: return self._by_label(n_bins)
         rows = {}
         for name,(f,kw) in self._measures(n_bins).items():
             for when,probs in (('raw',self.raw),('after T',self.after)):
                 if name == 'accuracy' and when != 'raw': continue # the same
-                low,high = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, average=average, **kw)
-                floor,top = (math.nan,math.nan) if name == 'accuracy' else null_floor(f, probs, self.targs, n_draws=n_boot, average=average, **kw)
-                value = self._value(f, probs, average, kw)
+                options = dict(average=average, groups=self.items, **kw)
+                low,high = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, **options)
+                floor,top = (math.nan,math.nan) if name == 'accuracy' else null_floor(f, probs, self.targs, n_draws=n_boot, **options)
+                value = _measured(_measure(f, **kw), probs, self.targs, average).item()
                 rows[name,when] = [value, low, high, float(floor), float(top), len(self.targs), 1. if when == 'raw' else self.temperature]
         index = pd.MultiIndex.from_tuples(rows, names=['measure','probabilities'])
         return pd.DataFrame(list(rows.values()), index, ['value','low','high','floor','floor_high','n','T'])
-
-    def _value(self, f, probs, average, kw):
-        if f is accuracy: return accuracy(probs, self.targs).item() if probs.ndim == 2 else ((probs > .5) == (self.targs == 1)).double().mean().item()
-        return f(probs, self.targs, average=average, **kw).item() if f is not accuracy_multi else accuracy_multi(probs, self.targs, sigmoid=False).item()
 
     def _by_label(self, n_bins):
         if not self.multi: raise ValueError('by_label=True is for several labels a row')
@@ -179,12 +189,13 @@ class CalibrationInterpretation(Interpretation):
         **kwargs # Of `plot_top_losses`
     ) -> tuple: # confidences, indices into the data
         "The wrong decisions that the model was most sure of (raw): of several labels, by the worst label of a row. For one prediction an input."
+        if not hasattr(self.dl, 'get_idxs'): raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
         if not len(self.rows) == self.total == len(self.dl.dataset):
             raise ValueError(f'most_overconfident needs one prediction an input, and all of them: there are {self.total} predictions, of which {len(self.rows)} are here')
         sure,right = self._decisions(self.raw)
-        wrong = torch.where(right, 0., sure).view(len(self.rows), -1).amax(1)
+        wrong = torch.where(right, 0., sure).nan_to_num().view(len(self.rows), -1).amax(1)
         idx = wrong.argsort(descending=True)[:min(k, int((wrong > 0).sum()))]
         if show and len(idx):
-            rank = self.losses.argsort(descending=True).argsort() # what `plot_top_losses` counts by
+            rank = self.top_losses()[1].argsort() # what `plot_top_losses` counts by
             self.plot_top_losses(rank[idx].tolist(), **kwargs)
         return wrong[idx],idx

@@ -75,7 +75,10 @@ def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
 def _with_temperature_of(learn, loss):
     "`loss`, with the temperature of `learn` where one was fitted."
     t = getattr(getattr(_unmixed(learn.loss_func), 'activation', None), 'temperature', None)
-    return loss if t is None else tempered(loss, t)
+    if t is None: return loss
+    if hasattr(loss, 'activation'): return tempered(loss, t)
+    warnings.warn(f'the temperature {t} is dropped: {_name(loss)} has no activation to keep it in')
+    return loss
 
 def _found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own."

@@ -238,9 +238,11 @@ def tempered(
     loss, # A loss with an `activation`; is left as it is
     temperature:float|list # One number, or one a label along the last axis
 ):
-    "A copy of `loss` whose activation divides logits by `temperature`; for 1, the original."
-    loss = untempered(loss)
-    if temperature == 1: return loss
+    "A copy of `loss` whose activation divides logits by `temperature`; for 1, the original. Raises a TypeError for a loss that has none."
+    original = untempered(loss)
+    if temperature == 1: return original
+    if not hasattr(loss, 'activation'): raise TypeError(f'{getattr(loss, "__name__", type(loss).__name__)} has no activation to keep a temperature in')
     res = deepcopy(loss)
-    res.activation = TemperedActivation(loss, temperature)
+    if isinstance(res, nn.Module): res._modules.pop('activation', None)
+    res.activation = TemperedActivation(original, temperature)
     return res

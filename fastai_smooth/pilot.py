@@ -35,6 +35,7 @@ def _copied_parts(learn, memo):
         except Exception as e2: raise TypeError(f'this Learner can be copied neither by deepcopy ({type(e).__name__}: {e}) nor by '
                                                 f'torch.save ({type(e2).__name__}: {e2})') from e2
     memo.update({id(old):new for old,new in zip(parts, res)})
+    if isinstance(learn.model, nn.Module): memo.update({id(old):new for old,new in zip(learn.model.modules(), res[0].modules())})
     return res
 
 def _copied_cb(cb, memo):
@@ -42,8 +43,8 @@ def _copied_cb(cb, memo):
     except Exception: return copy(cb)
 
 def _fresh_dl(dl):
-    try: return dl.new()
-    except Exception: return dl # its random state is put back, see `pilot`
+    "Another loader of the same data, where `new` is known to make just that; else `dl`, whose random state `pilot` puts back"
+    return dl.new() if type(dl) in (DataLoader,TfmdDL) or 'new' in vars(type(dl)) else dl
 
 def _copied(learn, train):
     "`learn` over again; its model is shared unless it is to `train`."
@@ -62,7 +63,25 @@ def _copied(learn, train):
         elif not _records(cb): res.add_cb(_copied_cb(cb, memo))
     return res
 
-# %% ../nbs/06_pilot.ipynb #5eb7fb95
+# %% ../nbs/06_pilot.ipynb #7deb57db
+def _generators(dl):
+    "torch generators of a data loader, fastai's or torch's, and of its samplers"
+    sampler = getattr(dl, 'sampler', None)
+    owners = dl,sampler,getattr(dl, 'batch_sampler', None),getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
+    return {g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
+
+@contextmanager
+def _same_random_after(dls):
+    "The random states of data loaders are put back"
+    rngs = [(dl,dl.rng,dl.rng.getstate()) for dl in dls if hasattr(dl, 'rng')]
+    generators = [(g,g.get_state()) for dl in dls for g in _generators(dl)]
+    try: yield
+    finally:
+        for dl,rng,state in rngs:
+            dl.rng = rng # each epoch makes another one
+            rng.setstate(state)
+        for g,state in generators: g.set_state(state)
+
 @contextmanager
 def pilot(
     learn:Learner, # Is left as it is, whatever happens inside
@@ -74,14 +93,10 @@ def pilot(
 
     Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders; and random states. A training takes
     the memory of one more model, its gradients and its optimizer's state. Raises a TypeError where the model can't be copied."""
-    rngs = {dl:dl.rng.getstate() for dl in learn.dls.loaders if hasattr(dl, 'rng')}
-    generators = {g:g.get_state() for dl in learn.dls.loaders if isinstance(g := getattr(dl, 'generator', None), torch.Generator)}
     modes = {m:m.training for m in learn.model.modules()} if isinstance(learn.model, nn.Module) else {}
     try:
-        with no_random(seed): yield _copied(learn, train)
+        with no_random(seed), _same_random_after(learn.dls.loaders): yield _copied(learn, train)
     finally:
-        for dl,state in rngs.items(): dl.rng.setstate(state)
-        for g,state in generators.items(): g.set_state(state)
         for m,mode in modes.items(): m.training = mode
 
 # %% ../nbs/06_pilot.ipynb #95fad260
@@ -110,12 +125,13 @@ def raw_preds(
     learn:Learner, # Is left as it is
     ds_idx:int=1, # Index of `learn.dls` when `dl` is None
     dl:DataLoader=None, # Data to predict
-    max_numel:int=2**25, # Logits to keep; of more a sample is kept, of 1,000 rows at least
+    max_numel:int=2**26, # Logits to keep; of more a sample is kept, of 1,000 rows at least
     seed:int=0, # Decides the sample
 ) -> RawPreds:
     "Logits of `learn` with their targets, one row a prediction; ignored ones are left out. Raises a ValueError where there are none."
-    with pilot(learn, train=False) as quiet:
-        if dl is None: dl = learn.dls[ds_idx]
+    if dl is None: dl = learn.dls[ds_idx]
+    with _same_random_after([dl]), pilot(learn, train=False) as quiet:
+        quiet.loss_func = _unmixed(quiet.loss_func)
         if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
         items = None
         if hasattr(dl, 'get_idxs'): # texts, say, are sorted by length: keep their order to undo it

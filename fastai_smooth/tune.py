@@ -14,9 +14,10 @@ from scipy.optimize import brentq, minimize_scalar
 from .calibration import binomial_interval, bootstrap_interval
 from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback, _unmixed
 from .learner import *
+from .learner import _name, _sigmoid_losses
 from .losses import *
 from .pilot import pilot, raw_preds
-from .temperature import best_temperature, cross_fitted
+from .temperature import TemperatureReminder, best_temperature, cross_fitted, spread
 
 # %% ../nbs/09_tune.ipynb #5d86e3ae
 def _mixed_nll(logits, targs, eta, log_beta):
@@ -25,6 +26,16 @@ def _mixed_nll(logits, targs, eta, log_beta):
     log_p = -F.binary_cross_entropy_with_logits(z, targs, reduction='none') if targs.ndim == 2 else -F.cross_entropy(z, targs, reduction='none')
     k = 2 if targs.ndim == 2 else logits.shape[1]
     return -torch.log((1-eta)*log_p.exp() + eta/k).mean().item()
+
+def _profile(logits, targs, eta):
+    "The same with the best beta, in a wide range around one over the spread of the logits"
+    mid = -math.log(spread(logits) or 1.)
+    return minimize_scalar(lambda b: _mixed_nll(logits, targs, eta, b), bounds=(mid-5,mid+7), method='bounded', options=dict(xatol=1e-3)).fun
+
+def _some(logits, targs, max_numel):
+    "In float64; a sample of the rows where they are too many"
+    idx = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))[:max(200, max_numel // logits.shape[1])].sort()[0]
+    return logits[idx].double(),targs[idx].double() if targs.ndim == 2 else targs[idx].long()
 
 class NoiseEstimate(NamedTuple):
     "Share of labels that are random, with a 95% interval."
@@ -37,13 +48,10 @@ def noise_estimate(
     targs:Tensor, # (N,) class indices, or (N,K) of 0/1
     max_numel:int=2*10**6, # Logits to use at most; of more a sample of rows
 ) -> NoiseEstimate:
-    "Which share of `targs` is any class at random (of labels: any of 0 and 1), as far as these `logits` can tell."
-    n = max(200, max_numel // logits.shape[1])
-    if n < len(logits):
-        idx = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))[:n]
-        logits,targs = logits[idx],targs[idx]
-    logits,targs = logits.double(),targs.double() if targs.ndim == 2 else targs.long()
-    def profile(eta): return minimize_scalar(lambda b: _mixed_nll(logits, targs, eta, b), bounds=(-5,5), method='bounded', options=dict(xatol=1e-3)).fun
+    """Which share of `targs` is any class at random (of labels: any of 0 and 1), as far as these `logits` can tell. The interval holds if a temperature is all that they
+    lack; the labels of a row count as one observation."""
+    logits,targs = _some(logits, targs, max_numel)
+    profile = partial(_profile, logits, targs)
     best = minimize_scalar(profile, bounds=(0,.999), method='bounded', options=dict(xatol=1e-4))
     eta,least = (float(best.x),best.fun) if best.fun < profile(0.) else (0.,profile(0.))
     allowed = 3.841/2/len(logits) # 95% quantile of chi square with one degree of freedom
@@ -62,6 +70,10 @@ class EpsSuggestion(NamedTuple):
     verdict:str                 # what the suggestion rests on
     scores:pd.DataFrame=None    # of the grid: one row an eps
 
+_smooth_sigmoids = LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat
+
+def _is_multi(loss): return isinstance(loss, _smooth_sigmoids) or type(loss) in _sigmoid_losses
+
 def _options_of(learn):
     "Prior and spread that the Learner smooths with already"
     loss,cbs = untempered(_unmixed(learn.loss_func)),learn._grab_cbs(MultiLabelSmoothingCallback)
@@ -70,9 +82,9 @@ def _options_of(learn):
 
 def _smooth_by(learn, eps, options):
     "Set the smoothing of a pilot, whose loss is its own"
-    learn.remove_cb(LabelSmoothingScheduler)
+    for o in (LabelSmoothingScheduler,TemperatureReminder): learn.remove_cb(o)
     loss = untempered(_unmixed(learn.loss_func))
-    if not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)): return learn.to_smooth(eps, **options)
+    if not isinstance(loss, _smooth_sigmoids): return learn.to_smooth(eps, **options)
     if options: raise ValueError(f'{", ".join(options)}: {type(loss).__name__} has its own')
     learn.loss_func,loss.eps = loss,eps
 
@@ -82,8 +94,23 @@ def _pilot_preds(learn, eps, fit, ds_idx, seed, options):
         _smooth_by(trial, eps, {**_options_of(learn), **options})
         fit(trial)
         preds = raw_preds(trial, ds_idx)
-    if not preds.logits.isfinite().any(): raise ValueError(f'the pilot with eps={eps:g} diverged: its predictions are {preds.logits.flatten()[0]}; try a smaller lr')
-    return preds
+    if not _sound(preds.logits).any():
+        raise ValueError(f'the pilot with eps={eps:g} diverged: it predicts {preds.logits[~preds.logits.isfinite()][0]}; try a smaller lr')
+    multi,loss = preds.targs.ndim == preds.logits.ndim,untempered(_unmixed(learn.loss_func))
+    if multi and not _is_multi(loss): raise TypeError(f'eps_find needs class indices as targets of {_name(loss)}, got {tuple(preds.targs.shape)} for '
+                                                      f'predictions {tuple(preds.logits.shape)}')
+    wrong = preds.targs[(preds.targs != 0) & (preds.targs != 1)] if multi else ()
+    if len(wrong): raise ValueError(f'eps_find needs labels of 0 and 1, got {wrong[0]:g}')
+    return preds._replace(logits=preds.logits[:,None], targs=preds.targs[:,None]) if preds.logits.ndim == 1 else preds
+
+def _sound(logits): return ~(logits.isnan() | (logits == math.inf)).view(len(logits), -1).any(1) # -inf masks a class
+
+def _sound_rows(preds):
+    "The rows that all pilots have a prediction for"
+    good = torch.stack([_sound(p.logits) for p in preds]).all(0)
+    if not good.any(): raise ValueError('no prediction is finite in all pilots; try a smaller lr')
+    if not good.all(): warnings.warn(f'{(~good).sum()} of {len(good)} predictions are nan or inf, and left out: are there nan in the data?')
+    return [p._replace(logits=p.logits[good], targs=p.targs[good]) for p in preds]
 
 def _error(logits, targs):
     "Share of wrong decisions, and its interval"
@@ -102,14 +129,17 @@ def _closed_form(logits, targs, cap):
     error,interval = _error(logits, targs)
     eps,low,high = (min(cap, factor*o) for o in (error, *interval))
     verdict = 'closed form: ' + ('share of wrong labels' if multi else 'validation error * K/(K-1)')
-    if eps == cap:
-        verdict += f', cut to {cap:g}'
-        warnings.warn(f'the validation error of the pilot is {error:.2f}, so the suggestion is cut to {cap:g}: such errors say more about the model than about '
-                      'labels. Try a longer pilot (n_epoch), or full=True, which compares')
+    if eps == cap: verdict += f', cut to {cap:g}'
     noise = noise_estimate(logits, targs)
     return EpsSuggestion(eps, (low,high), noise.noise, noise[1:], error, interval, verdict)
 
-# %% ../nbs/09_tune.ipynb #800a8d46
+# %% ../nbs/09_tune.ipynb #95fad260
+def _warn_cut(found):
+    if ', cut to' in found.verdict:
+        warnings.warn(f'the validation error of the pilot is {found.valid_error:.2f}, so the suggestion is cut to {found.eps:g}: such errors say more about the model '
+                      'than about labels. Try a longer pilot (n_epoch), or full=True, which compares')
+
+# %% ../nbs/09_tune.ipynb #8ca73774
 def _row_nll(logits, targs):
     "NLL of each row, after a cross-fitted temperature"
     z = cross_fitted(logits.double(), targs)
@@ -127,18 +157,19 @@ def _scores(epss, preds):
 def _of_grid(first, scores):
     "The suggestion from a grid, whose pilot with eps=0 said `first`"
     good = scores.eps[scores.behind <= scores.se]
-    eps = float(good.min())
-    if len(good) == len(scores): verdict = 'no evidence: all of the grid are within one standard error of the best'
-    else: verdict = 'the smallest eps within one standard error of the best'
+    eps,verdict = float(good.min()),'the smallest eps within one standard error of the best'
+    if len(good) == len(scores):
+        _warn_cut(first)
+        return first._replace(verdict=f'no evidence: all of the grid are within one standard error of the best. So {first.verdict}', scores=scores)
     if eps == scores.eps.max(): warnings.warn(f'the best eps is {eps:g}, the edge of the grid: add larger ones to epss=')
     return first._replace(eps=eps, eps_interval=(eps, float(good.max())), verdict=verdict, scores=scores)
 
-# %% ../nbs/09_tune.ipynb #61f62cd2
+# %% ../nbs/09_tune.ipynb #afd26e00
 def _plot_pilot(found, logits, targs):
     fig,ax = plt.subplots()
     etas = torch.linspace(0, max(.2, min(.95, 1.3*max(found.eps_interval[1], found.noise_interval[1]))), 25).tolist()
-    t = best_temperature(logits, targs) or 1.
-    ax.plot(etas, [minimize_scalar(lambda b: _mixed_nll(logits.double(), targs.double() if targs.ndim == 2 else targs, o, b), bounds=(-5,5), method='bounded').fun for o in etas])
+    some = _some(logits, targs, 10**5)
+    ax.plot(etas, [_profile(*some, o) for o in etas])
     ax.axvspan(*found.noise_interval, color='C0', alpha=.15, lw=0)
     ax.axvline(found.noise, color='C0', ls='--', label=f'random labels {found.noise:.3f}')
     ax.axvspan(*found.eps_interval, color='C1', alpha=.15, lw=0)
@@ -151,16 +182,17 @@ def _plot_grid(found):
     s = found.scores
     ax.errorbar(s.eps, s.behind, s.se, marker='o', capsize=3)
     ax.axhline(0, color='grey', lw=1, ls='--')
-    ax.plot(found.eps, s.behind[s.eps == found.eps].iloc[0], 'o', color='C1', ms=10, label=f'eps {found.eps:g}', zorder=3)
+    ax.axvline(found.eps, color='C1', label=f'eps {found.eps:.3g}')
     ax.set(xlabel='eps', ylabel='NLL after temperature, above the best', title='Pilots, with one standard error')
     ax.legend()
 
-# %% ../nbs/09_tune.ipynb #3850509f
-def _grid(epss):
-    if epss is None: return None
-    epss = sorted({0., *map(float, epss)})
-    bad = [o for o in epss if not 0 <= o <= 1]
-    if bad: raise ValueError(f'epss must be in [0,1], got {bad[0]:g}')
+# %% ../nbs/09_tune.ipynb #3dff9c27
+def _grid(epss, multi):
+    "The values to try, 0 among them"
+    if epss is None: return [0.,.025,.05,.1,.2] if multi else [0.,.05,.1,.2,.4]
+    epss,top = sorted({0., *map(float, epss)}),.5 if multi else 1.
+    bad = [o for o in epss if not 0 <= o <= top]
+    if bad: raise ValueError(f'epss must be in [0,{top:g}], got {bad[0]:g}')
     if len(epss) < 2: raise ValueError('epss needs a value above 0')
     return epss
 
@@ -180,26 +212,29 @@ def eps_find(self:Learner,
     **kwargs # prior and spread of `to_smooth`, for `full`
 ) -> EpsSuggestion: # First of all `eps`; of multi-label, the eps of 1-eps and eps
     """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its validation error; with `full`, trains
-    a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after temperature, is within one standard error of the best.
+    a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after temperature, is within one standard error of the best, or as before where all are.
+
+    Its intervals take predictions to be independent, which pixels of an image or words of a text are not.
 
     The Learner is left as it is, also after an exception or Ctrl-C. It takes the memory of one more model and optimizer. Raises a TypeError for a loss that can't be
     smoothed, and a ValueError for options out of range."""
     if not (0 < share <= 1 and n_epoch >= 1 and 0 < cap <= 1): raise ValueError(f'share and cap must be in (0,1], n_epoch 1 or more: got share={share}, cap={cap}, n_epoch={n_epoch}')
+    if isinstance(n_epoch, bool): raise TypeError(f'n_epoch is a number of epochs, got {n_epoch}: full={n_epoch} is given by name')
+    if kwargs.keys() - {'prior','spread'}: raise TypeError(f'eps_find has no argument {", ".join(kwargs.keys() - {"prior","spread"})}')
+    if not 0 < ds_idx < len(self.dls.loaders): raise ValueError(f'ds_idx must be that of data to validate on, 1 to {len(self.dls.loaders)-1}, got {ds_idx}')
     if epss is not None and not full: raise ValueError('epss goes with full=True')
     if kwargs and not full: raise ValueError(f'{", ".join(kwargs)}: goes with full=True, the one pilot is not smoothed')
-    epss = _grid(epss)
+    epss = _grid(epss, _is_multi(untempered(_unmixed(self.loss_func))))
     n = max(1, round(share*n_epoch))
     if fit is None: fit = lambda o: o.fit_one_cycle(n, lr)
     run = partial(_pilot_preds, self, fit=fit, ds_idx=ds_idx, seed=seed, options=kwargs)
-    first = run(0.)
+    preds = _sound_rows([run(eps) for eps in (epss if full else [0.])])
+    first = preds[0]
+    found = _closed_form(first.logits, first.targs, cap)
     if not full:
-        found = _closed_form(first.logits, first.targs, cap)
+        _warn_cut(found)
         if show_plot: _plot_pilot(found, first.logits, first.targs)
         return found
-    if epss is None: epss = [0.,.05,.1,.2,.4] if first.targs.ndim == 1 else [0.,.025,.05,.1,.2]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # of the cap, which has no say here
-        found = _closed_form(first.logits, first.targs, cap)
-    found = _of_grid(found, _scores(epss, [first] + [run(eps) for eps in epss[1:]]))
+    found = _of_grid(found, _scores(epss, preds))
     if show_plot: _plot_grid(found)
     return found

@@ -541,7 +541,7 @@ def test_interval_is_seeded_widens_and_holds_the_value(measure, kw, slope):
         assert low <= before[0]+1e-12 and high >= before[1]-1e-12
         before = low, high
     assert low < high
-    assert interval(seed=4, level=.99) != before or low == 0
+    assert interval(seed=4, level=.99) != before or low == 0 or measure is accuracy # whose interval has a formula
 
 
 def test_interval_of_each_label():
