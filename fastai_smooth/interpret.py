@@ -15,7 +15,7 @@ from .calibration import _measure, _measured
 from .callback import _unmixed
 from .losses import untempered
 from .pilot import RawPreds, pilot, raw_preds
-from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted
+from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted, row_nll
 
 # %% ../nbs/08_interpret.ipynb #ff27fd2a
 _OVER,_UNDER = 'C1','C0'
@@ -67,7 +67,7 @@ class CalibrationInterpretation(Interpretation):
         self.vocab = vocab if self.logits.ndim == 2 and len(vocab) == self.logits.shape[1] else L(range(self.logits.shape[-1])).map(str)
         n = len(dl.dataset) if hasattr(dl, 'dataset') else self.total
         self.items = self.rows // max(1, self.total // max(1, n)) # rows of one item are not independent
-        super().__init__(learn, dl, self._row_losses())
+        super().__init__(learn, dl, row_nll(self.logits, self.targs))
 
     def __getitem__(self, idxs):
         "As of `Interpretation`, with no trace in the Learner"
@@ -88,11 +88,6 @@ class CalibrationInterpretation(Interpretation):
         return cls(learn, dl, preds)
 
     def _probs(self, logits): return torch.sigmoid(logits) if self.targs.ndim == logits.ndim else logits.softmax(1)
-
-    def _row_losses(self):
-        if self.targs.ndim == self.logits.ndim: loss = F.binary_cross_entropy_with_logits(self.logits, self.targs.double(), reduction='none')
-        else: loss = F.cross_entropy(self.logits, self.targs, reduction='none')
-        return loss.mean(1) if loss.ndim == 2 else loss
 
     def _measures(self, n_bins):
         res = {'accuracy': (accuracy_multi if self.multi else accuracy, {}), 'NLL': (nll, {}), 'Brier': (brier_score, {}), 'ECE': (calibration_error, dict(n_bins=n_bins))}

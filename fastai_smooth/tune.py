@@ -17,7 +17,7 @@ from .learner import *
 from .learner import _name, _sigmoid_losses
 from .losses import *
 from .pilot import pilot, raw_preds
-from .temperature import TemperatureReminder, best_temperature, cross_fitted, spread
+from .temperature import TemperatureReminder, best_temperature, cross_fitted, row_nll, spread
 
 # %% ../nbs/09_tune.ipynb #5d86e3ae
 def _mixed_nll(logits, targs, eta, log_beta):
@@ -125,7 +125,7 @@ def _closed_form(logits, targs, cap):
     "The suggestion from a pilot with eps=0"
     multi = targs.ndim == 2
     if multi: cap = cap/2 # (1-eps,eps) is what smoothing by 2*eps among two classes is
-    factor = 1. if multi else logits.shape[1]/(logits.shape[1]-1)
+    factor = 1. if multi else logits.shape[1]/max(1, logits.shape[1]-1)
     error,interval = _error(logits, targs)
     eps,low,high = (min(cap, factor*o) for o in (error, *interval))
     verdict = 'closed form: ' + ('share of wrong labels' if multi else 'validation error * K/(K-1)')
@@ -140,15 +140,9 @@ def _warn_cut(found):
                       'than about labels. Try a longer pilot (n_epoch), or full=True, which compares')
 
 # %% ../nbs/09_tune.ipynb #8ca73774
-def _row_nll(logits, targs):
-    "NLL of each row, after a cross-fitted temperature"
-    z = cross_fitted(logits.double(), targs)
-    if targs.ndim == 2: return F.binary_cross_entropy_with_logits(z, targs.double(), reduction='none').mean(1)
-    return F.cross_entropy(z, targs, reduction='none')
-
 def _scores(epss, preds):
     "One row an eps: NLL after temperature, its difference from the best with its standard error, temperature, error"
-    rows = torch.stack([_row_nll(p.logits, p.targs) for p in preds])
+    rows = torch.stack([row_nll(cross_fitted(p.logits.double(), p.targs), p.targs) for p in preds])
     means = rows.mean(1)
     behind = rows - rows[means.nan_to_num(math.inf).argmin()]
     return pd.DataFrame(dict(eps=epss, nll=means, behind=behind.mean(1), se=behind.std(1)/math.sqrt(rows.shape[1]),
