@@ -575,6 +575,69 @@ def test_accuracy_has_an_interval_and_a_floor():
     assert low < accuracy_multi(p, y, sigmoid=False) < high
 
 
+@measured
+@pytest.mark.parametrize('average', ['macro', 'worst'])
+def test_rows_seen_twice_tell_nothing_more(measure, average):
+    "Grouped, copies of the rows give the interval and the floor of the rows; ungrouped, a narrower one"
+    p, y = sample(60, 4, 2., labels=True)
+    twice, groups = (p.repeat(3, 1), y.repeat(3, 1)), torch.arange(60).repeat(3)
+    once = bootstrap_interval(measure, p, y, average=average)
+    near(bootstrap_interval(measure, *twice, average=average, groups=groups), once, atol=1e-3)
+    low, high = bootstrap_interval(measure, *twice, average=average)
+    assert high-low < .8*(once[1]-once[0])
+    near(null_floor(measure, *twice, n_draws=50, average=average, groups=groups), null_floor(measure, p, y, n_draws=50, average=average), atol=1e-3)
+
+
+def test_floor_of_classes_in_groups():
+    p, y = sample(80, 5)
+    near(null_floor(calibration_error, p.repeat(4, 1), y.repeat(4), n_draws=50, groups=torch.arange(80).repeat(4)),
+         null_floor(calibration_error, p, y, n_draws=50), atol=1e-9)
+    with pytest.raises(ValueError, match='each of the 80 rows'): null_floor(nll, p, y, groups=torch.arange(79))
+
+
+def test_intervals_of_pixels_are_as_wide_as_those_of_images():
+    "30 images, whose 200 pixels share their luck: perfectly calibrated, and the interval says that it may be"
+    p = torch.full((30, 200), .7)
+    y = (torch.rand(30, 1) < .7).long().expand(30, 200)
+    images = torch.arange(30)[:, None].expand(30, 200)
+    assert bootstrap_interval(calibration_error, p.flatten(), y.flatten(), groups=images.flatten())[0] == 0
+
+
+@measured
+def test_interval_of_the_worst_label_is_its_own(measure):
+    p, y = sample(100, 4, labels=True)
+    worst = measure(p, y, average=None).argmax()
+    assert bootstrap_interval(measure, p, y, average='worst') == bootstrap_interval(measure, p[:, worst], y[:, worst])
+
+
+def test_the_worst_accuracy_is_the_smallest():
+    p, y = tensor([[.9, .9]]*4), tensor([[1, 0], [1, 0], [1, 1], [1, 0]])
+    low, high = bootstrap_interval(accuracy_multi, p, y, average='worst')
+    near((low, high), wilson(1, 4), atol=1e-12)
+
+
+def test_accuracy_has_wilsons_interval():
+    p, y = sample(40, 3)
+    near(bootstrap_interval(accuracy, p, y), wilson((p.argmax(1) == y).sum().item(), 40), atol=1e-12)
+
+
+@pytest.mark.parametrize('level', [0, 1, 95])
+def test_levels_are_shares(level):
+    for f in (bootstrap_interval, null_floor):
+        with pytest.raises(ValueError, match=f'between 0 and 1, got {level}'): f(nll, P3, Y3, level=level)
+
+
+def test_names_of_metrics_tell_them_apart():
+    assert [o.name for o in (ECE(), ECE(30), ECE(average='worst'), ClasswiseECE(10), NLL())] == ['ece', 'ece30', 'ece_worst', 'classwise_ece10', 'nll']
+
+
+def test_torch_s_losses_have_the_classes_of_images_along_axis_1():
+    pred, targ = torch.randn(2, 4, 3, 4), torch.randint(4, (2, 3, 4))
+    x, y, keep = prediction_rows(pred, targ, torch.nn.CrossEntropyLoss())
+    near(F.cross_entropy(x, y), F.cross_entropy(pred, targ))
+    with pytest.raises(TypeError, match='one tensor .* got a tuple'): prediction_rows((pred,), targ)
+
+
 # ---------------------------------------------------------------- reliability
 
 def wilson(k, n, z=1.959963984540054):

@@ -411,3 +411,38 @@ def test_from_learner_is_seeded_and_leaves_random_states_alone(images):
     near(interp.after, a, 0)
     interp.plot_reliability()
     assert (random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == state
+
+
+def test_showing_images_leaves_the_learner_alone(images):
+    learn = images
+    modes = [m.training for m in learn.model.modules()]
+    learn.model.train()
+    values, losses, state = list(learn.recorder.values), list(learn.recorder.losses), random.getstate()
+    interpret(learn)[[0, 1]]
+    training = learn.model.training
+    for m, mode in zip(learn.model.modules(), modes): m.training = mode
+    assert training and values and learn.recorder.values == values and learn.recorder.losses == losses and random.getstate() == state
+
+
+def test_plain_torch_loaders():
+    "A table is to be had; which item is which is not"
+    learn = single()
+    ds = [learn.dls.valid.dataset[i] for i in range(20)]
+    loader = torch.utils.data.DataLoader(ds, batch_size=8, shuffle=True)
+    interp = CalibrationInterpretation.from_learner(learn, dl=loader)
+    assert interp.summary(n_boot=50).n.iloc[0] == 20
+    with pytest.raises(ValueError, match='fastai DataLoader'): interp.most_overconfident(show=False)
+
+
+def test_pixels_of_an_image_belong_together():
+    learn = quiet(unet_learner(segment_dls(*segment_arrays(8), bs=4, n_valid=4), tiny_arch, n_out=3, pretrained=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), path=Path('.')))
+    interp = interpret(learn)
+    n = len(interp.dl.dataset)
+    assert interp.total > n and interp.items.unique().tolist() == list(range(n))
+    low, high = interp.summary(n_boot=200).loc[('NLL', 'raw'), ['low', 'high']]
+    alone = bootstrap_interval(nll, interp.raw, interp.targs, n_boot=200)
+    assert high - low > alone[1] - alone[0]
+
+
+def test_average_none_is_by_label():
+    with pytest.raises(ValueError, match='by_label'): CalibrationInterpretation.from_learner(multi()).summary(average=None)
