@@ -436,9 +436,11 @@ class CalibrationMetric(Metric):
         loss,n = _unmixed(learn.loss_func),len(learn.pred)
         if not n: return
         some = max(1, 2**25*n // max(1, learn.pred.numel())) # a language model's logits in float64 fill memories
-        rows = torch.cat([self._rows(p, t, loss) for p,t in zip(learn.pred.split(some), learn.y.split(some))])
-        if num_distrib(): rows = rows.to(learn.pred.device) # where processes can gather them
-        rows = learn.to_detach(rows).flatten(0, 1)
+        parts = (self._rows(p, t, loss) for p,t in zip(learn.pred.split(some), learn.y.split(some)))
+        if num_distrib(): parts = [learn.to_detach(torch.cat(list(parts)).to(learn.pred.device))] # gathered where that can be
+        for rows in parts: self._add(rows.flatten(0, 1))
+
+    def _add(self, rows):
         if self.measure.streams: self.sums = self.sums + _sums(rows[...,0].long(), rows[...,1:], self.measure.n_cells)
         else: self.kept.append(rows[rows[:,0,-1] == 1])
 

@@ -89,13 +89,15 @@ def _smooth_by(learn, eps, options):
     learn.loss_func,loss.eps = loss,eps
 
 def _pilot_preds(learn, eps, fit, ds_idx, seed, options):
-    "Train a copy of `learn` with `eps`, and predict"
+    "Train a copy of `learn` with `eps`, and predict; None if it diverged, which only the first pilot must not"
     with pilot(learn, seed) as trial:
         _smooth_by(trial, eps, {**_options_of(learn), **options})
         fit(trial)
         preds = raw_preds(trial, ds_idx)
     if not _sound(preds.logits).any():
-        raise ValueError(f'the pilot with eps={eps:g} diverged: it predicts {preds.logits[~preds.logits.isfinite()][0]}; try a smaller lr')
+        message = f'the pilot with eps={eps:g} diverged: it predicts {preds.logits[~preds.logits.isfinite()][0]}; try a smaller lr'
+        if not eps: raise ValueError(message)
+        return warnings.warn(message)
     multi,loss = preds.targs.ndim == preds.logits.ndim,untempered(_unmixed(learn.loss_func))
     if multi and not _is_multi(loss): raise TypeError(f'eps_find needs class indices as targets of {_name(loss)}, got {tuple(preds.targs.shape)} for '
                                                       f'predictions {tuple(preds.logits.shape)}')
@@ -222,7 +224,8 @@ def eps_find(self:Learner,
     n = max(1, round(share*n_epoch))
     if fit is None: fit = lambda o: o.fit_one_cycle(n, lr)
     run = partial(_pilot_preds, self, fit=fit, ds_idx=ds_idx, seed=seed, options=kwargs)
-    preds = _sound_rows([run(eps) for eps in (epss if full else [0.])])
+    preds = {eps:p for eps in (epss if full else [0.]) if (p := run(eps)) is not None}
+    epss,preds = list(preds),_sound_rows(preds.values())
     first = preds[0]
     found = _closed_form(first.logits, first.targs, cap)
     if not full:

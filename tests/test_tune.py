@@ -785,7 +785,9 @@ def test_a_pilot_of_the_grid_that_diverges():
     def fit(trial):
         trial.fit(1)
         if trial.loss_func.eps: params(trial.model)[-1].data.fill_(math.nan)
-    with pytest.raises(ValueError, match='diverged'): find(single(), full=True, epss=[.2], fit=fit)
+    with pytest.warns(UserWarning, match='eps=0.2 diverged'): found = find(single(), full=True, epss=[.2], fit=fit)
+    assert found.scores.eps.tolist() == [0.] and found.verdict.startswith('no evidence')
+    assert found.eps == find(single(), fit=fit).eps
 
 
 # ---------------------------------------------------------------- plots, and no trace
