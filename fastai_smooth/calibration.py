@@ -284,7 +284,8 @@ def null_floor(
     seed:int=0, # Decides the draws
     **kwargs # Of the measure
 ) -> tuple: # mean, upper
-    "What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed."
+    """What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed. Raises ValueError for bad input,
+    TypeError for other measures."""
     m,(probs,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
     if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
     gen = torch.Generator().manual_seed(seed)
@@ -324,12 +325,13 @@ def _quantiles(m, groups, average, level, n_boot, gen):
 def _inverted(m, groups, average, level, n_boot, gen):
     "The interval of a calibration error: those that explain what was seen."
     sums = groups.sum(0)
-    seen = _averaged(m.value(sums), average).item()
+    values = m.value(sums) # of each label: by its own value is a smooth error judged
+    seen = _averaged(values, average).item()
     if not math.isfinite(seen): return seen,seen
     def size(field): return _averaged(m.norm_of(field, sums), average)
     signs = torch.randint(2, (n_boot, len(groups)), generator=gen).double()*2 - 1
-    field = m.field(sums[...,2], sums, seen)
-    noise = m.field(_weighted(groups[...,2], signs), sums, seen)
+    field = m.field(sums[...,2], sums, values)
+    noise = m.field(_weighted(groups[...,2], signs), sums, values)
     def end(truth, q):
         def tail(scale): return size(scale*truth + noise).quantile(q).item() - seen
         if seen == 0 or tail(0) >= 0: return 0.
@@ -358,9 +360,9 @@ def bootstrap_interval(
 ) -> tuple: # low, high; a list of them where `average` is None and there are several labels
     """An interval for what `measure` would give on all rows there might be, of which these are a sample.
 
-    Of a mean (NLL, Brier) the bootstrap's quantiles, too narrow where all of it comes from a handful of rows; of accuracy Wilson's interval. Of a calibration error, the errors that a wild bootstrap finds neither too small nor too large
-    for what was seen, over the same bins; it is for the error itself, whether or not the value has `debias`. 'worst' is the interval of the label that is worst in
-    these rows."""
+    Of a mean (NLL, Brier) the bootstrap's quantiles, too narrow where all of it comes from a handful of rows; of accuracy Wilson's interval. Of a calibration error,
+    the errors that a wild bootstrap finds neither too small nor too large for what was seen, over the same bins; it is for the error itself, whether or not the value
+    has `debias`. 'worst' is the interval of the label that is worst in these rows. Raises ValueError for bad input, TypeError for other measures."""
     _check_level(level)
     m = _measure(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
     cell,channels = m.rows(*check_probs(probs, targs))

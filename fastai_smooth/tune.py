@@ -97,7 +97,8 @@ def _pilot_preds(learn, eps, fit, ds_idx, seed, options):
     if not _sound(preds.logits).any():
         message = f'the pilot with eps={eps:g} diverged: it predicts {preds.logits[~preds.logits.isfinite()][0]}; try a smaller lr'
         if not eps: raise ValueError(message)
-        return warnings.warn(message)
+        warnings.warn(message)
+        return None
     multi,loss = preds.targs.ndim == preds.logits.ndim,untempered(_unmixed(learn.loss_func))
     if multi and not _is_multi(loss): raise TypeError(f'eps_find needs class indices as targets of {_name(loss)}, got {tuple(preds.targs.shape)} for '
                                                       f'predictions {tuple(preds.logits.shape)}')

@@ -497,7 +497,8 @@ def intervals(measure, task, slope, n, draws):
 
 COVERAGE = [(nll, 'event', 1.5, 500, 1000), (nll, 'classes', 1.5, 1500, 1000), (brier_score, 'classes', 1.5, 500, 1000),
             (nll, 'labels', 1.15, 500, 1000), (calibration_error, 'event', 1.5, 500, 1000), (calibration_error, 'classes', 1.5, 500, 1000),
-            (calibration_error, 'classes', 1.15, 500, 1000), (smooth_calibration_error, 'event', 1.5, 1500, 400)]
+            (calibration_error, 'classes', 1.15, 500, 1000), (smooth_calibration_error, 'event', 1.5, 1500, 400),
+            (smooth_calibration_error, 'labels', 1.5, 500, 200)]
 # errors that hardly stand out from luck, or are means over many labels: the interval is wider than it need be
 WIDE = [(calibration_error, 'event', 1.15, 500, 1000), (calibration_error, 'labels', 1.5, 500, 1000),
         (classwise_calibration_error, 'classes', 1.5, 500, 1000)]

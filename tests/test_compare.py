@@ -218,6 +218,22 @@ def test_calibration_table_pools_seeds():
         assert rows.ece[i].startswith(f'{calibration_error(probs, targs):.4f} [')
         assert rows['T'][i] == f"{np.mean([r['temperature'] for r in some]):.2f}"
 
+def test_an_image_that_runs_share_counts_once():
+    "The same run three times is no more than one, unless its images are others"
+    run = fake_run(None, 0., 0)
+    others = [{**run, 'images': run['images'] + 100*i} for i in range(3)]
+    once,thrice,more = measures([run]),measures([run]*3),measures(others)
+    for name in ('brier', 'ece', 'nll_after_t'):
+        assert thrice[name] == pytest.approx(once[name], abs=2e-3)
+        assert more[name][2] - more[name][1] < .8*(once[name][2] - once[name][1])
+    def luck(runs): return float(calibration_table(runs)['ece by luck'][0])
+    assert luck([run]*3) == luck([run]) > luck(others)
+
+def test_images_have_their_numbers():
+    run = one_run(few(), 0., 3, **TINY)
+    assert run['images'].tolist() == np.flatnonzero(split_valid(few().classes, 3)).tolist()
+    assert run['targs'].tolist() == few().classes[run['images']].tolist()
+
 def test_plot_pools_seeds_into_one_curve_an_eps():
     runs = [fake_run(None, eps, seed) for seed in range(2) for eps in (0., .1)]
     axes = plot_reliability(runs).axes
