@@ -24,9 +24,13 @@ def _unmixed(loss_func):
 _smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                      fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
 
+def _name(loss):
+    name = getattr(loss, '__name__', type(loss).__name__)
+    return f'{name} of {_name(loss.func)}' if type(loss) is BaseLoss else name
+
 def _check_hard(loss):
     "Raises unless `loss` is one that hard multi-label targets can be smoothed for."
-    name = getattr(loss, '__name__', type(loss).__name__)
+    name = _name(loss)
     if isinstance(loss, _smoothing_losses) or getattr(getattr(loss, 'func', loss), 'label_smoothing', 0):
         raise ValueError(f'{name} smooths labels already: use it or MultiLabelSmoothingCallback, not both')
     if getattr(loss, 'y_int', False) or isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy: raise TypeError(_one_class.format(name))
@@ -41,8 +45,8 @@ class MultiLabelSmoothingCallback(Callback):
     between `before_backward` and `after_backward`, and what is backpropagated is the loss of the smoothed target, with all that other
     callbacks did to the loss. The Recorder logs the smoothed training loss. Metrics, later callbacks and validation see hard labels.
 
-    Raises a ValueError when a fit starts on a Learner with a second one, or with a loss that smooths by itself, and a TypeError
-    where there is not exactly one target, shaped like the predictions. A vectorised version of the forum's callback
+    Raises a ValueError when a fit starts on a Learner with a second one, with a loss that smooths by itself, or with targets outside
+    [0,1], as a regression has, and a TypeError where there is not exactly one target, shaped like the predictions. A vectorised version of the forum's callback
     (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
     # Below every fastai callback: first to see loss_grad in after_loss, before it is scaled in before_backward
     order,run_valid = -60,False
@@ -89,6 +93,7 @@ class MultiLabelSmoothingCallback(Callback):
     def after_loss(self):
         "Let the other callbacks build on a leaf, instead of on the hard loss"
         self._check_target()
+        if self.train_iter == 0: self._check_labels()
         self._leaf = self.learn.loss_grad.detach().requires_grad_()
         self.learn.loss_grad = self._leaf.clone()
 
@@ -116,6 +121,13 @@ class MultiLabelSmoothingCallback(Callback):
     def _smoothed(self, y):
         if not y.is_floating_point(): y = y.to(self.pred.dtype)
         return sigmoid_q(y, self.eps, None if self._u is None else self._u.to(y.device, y.dtype))
+
+    def _check_labels(self):
+        "Once a fit, as looking at values makes a GPU wait. Unknown labels are nan"
+        y = self.yb[0]
+        if not ((y < 0) | (y > 1)).any(): return
+        raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
+                         f'{_name(_unmixed(self.learn.loss_func))}: a regression has no labels to smooth')
 
     def _check_target(self):
         if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')

@@ -10,7 +10,8 @@ from fastai.basics import *
 import fastai.losses, fastai.vision.learner, functools, inspect
 from .losses import *
 from .prior import train_prior
-from .callback import MultiLabelSmoothingCallback, _unmixed
+from .callback import MultiLabelSmoothingCallback, _name, _unmixed
+from .kernels.checks import warn
 
 # %% ../nbs/04_learner.ipynb #bce3be66
 class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
@@ -41,10 +42,6 @@ _softmax_options = { # type of loss -> the options to carry over
     nn.CrossEntropyLoss: lambda o: _func_options(o) | _functional,
 }
 _sigmoid_losses = fastai.losses.BCEWithLogitsLossFlat, nn.BCEWithLogitsLoss
-
-def _name(loss):
-    name = getattr(loss, '__name__', type(loss).__name__)
-    return f'{name} of {_name(loss.func)}' if type(loss) is BaseLoss else name
 
 def _options(loss):
     "Options of `LabelSmoothingCrossEntropyFlat` that carry over from `loss`; None where the callback is the thing."
@@ -77,7 +74,7 @@ def _with_temperature_of(learn, loss):
     t = getattr(getattr(_unmixed(learn.loss_func), 'activation', None), 'temperature', None)
     if t is None: return loss
     if hasattr(loss, 'activation'): return tempered(loss, t)
-    warnings.warn(f'the temperature {t} is dropped: {_name(loss)} has no activation to keep it in')
+    warn(f'the temperature {t} is dropped: {_name(loss)} has no activation to keep it in')
     return loss
 
 def _found_loss(learn):

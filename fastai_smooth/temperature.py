@@ -10,6 +10,7 @@ from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 from scipy.optimize import brentq
 from .callback import _unmixed
+from .kernels.checks import warn
 from .losses import tempered, untempered
 from .pilot import raw_preds
 
@@ -86,8 +87,8 @@ class TemperatureReminder(Callback):
     def before_train(self):
         if self.said or self.learn.temperature == 1. or self.learn._grab_cbs(LRFinder): return
         self.said = True
-        warnings.warn(f'this Learner keeps the temperature {self.learn.temperature} that was fitted before this training: call fit_temperature again afterwards, '
-                      'or reset_temperature')
+        warn(f'this Learner keeps the temperature {self.learn.temperature} that was fitted before this training: call fit_temperature again afterwards, '
+             'or reset_temperature')
 
 @patch(as_prop=True)
 def temperature(self:Learner) -> float:
@@ -117,7 +118,7 @@ def fit_temperature(self:Learner,
     found = [best_temperature(*o) for o in pairs]
     if None in found:
         of = f' of label {", ".join(str(i) for i,t in enumerate(found) if t is None)}' if per_label else ''
-        warnings.warn(f'no temperature is best for the {len(preds.logits)} predictions{of}: T=1 is used. Are all of them right, no better than chance, or nan?')
+        warn(f'no temperature is best for the {len(preds.logits)} predictions{of}: T=1 is used. Are all of them right, no better than chance, or nan?')
     found = [1. if t is None else t for t in found]
     self.loss_func = tempered(_unmixed(self.loss_func), found if per_label else found[0])
     self.remove_cb(TemperatureReminder)

@@ -4,11 +4,16 @@ import functools, math, warnings
 from dataclasses import replace
 from numbers import Real
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from .targets import Smoothing, effective_eps, soften
 
 SPREADS = 'all', 'others'
 REDUCTIONS = 'mean', 'sum', 'none'
+
+def warn(message, stacklevel=2):
+    "A warning for the caller `stacklevel` calls up; of several processes the first one gives it."
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()): warnings.warn(message, stacklevel=stacklevel + 1)
 
 def check_eps(eps, top=1., num_classes=None, values=True):
     "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
@@ -87,7 +92,7 @@ def warn_past_the_flip(s, weight, eps):
 
 @functools.cache
 def _warn_flip(num_classes):
-    warnings.warn("these class weights outweigh the smoothing: for some class the loss is least where ANOTHER class is "
+    warn("these class weights outweigh the smoothing: for some class the loss is least where ANOTHER class is "
                   f"predicted (w_k / w_y > K (1 - eps) / eps + 1, K={num_classes}). Use a smaller eps, or milder weights.", stacklevel=5)
 
 def is_index(target: Tensor) -> bool:
