@@ -1,5 +1,6 @@
 import os, sys
 
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # as many processes as cores: more threads crawl
 import pytest, torch
 
 FUSED = os.environ.get('SMOOTH_TEST_BACKEND') == 'triton'

@@ -1,7 +1,7 @@
 """The Triton kernels where there is no GPU: run by Triton's interpreter, and compiled for GPUs that are elsewhere.
 
 The interpreter has to be asked for before Triton is imported, so the torch implementation's tests run again in processes of
-their own (on_triton.py), two at a time. In this process kernels are compiled, but never launched."""
+their own (on_triton.py). In this process kernels are compiled, but never launched."""
 from itertools import product
 import json, os, re, subprocess, sys
 from pathlib import Path
@@ -21,18 +21,19 @@ needs_ptxas = pytest.mark.skipif(sys.platform != 'linux', reason='Triton compile
 
 # ---------------------------------------------------------------- the torch implementation's tests, interpreted
 
-PARITY = {'features': ['test_torch_features.py', 'test_triton_kernels.py'], 'numbers': ['test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py', 'test_losses.py']}
+PARITY = 'test_torch_features.py', 'test_triton_kernels.py', 'test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py', 'test_losses.py'
 
 
-@pytest.fixture(scope='module', autouse=True)
-def interpreted(request):
-    "The processes, started before this module's other tests, ended after them. With one thread each: more threads than cores crawl"
-    if not any(item.originalname == 'test_parity_suite_interpreted' for item in request.session.items): return (yield)
+@pytest.mark.slow
+@pytest.mark.parametrize('file', PARITY)
+def test_parity_suite_interpreted(file):
+    "every test of the torch implementation that says something about a kernel, on the Triton one; hardly anything falls back"
     env = os.environ | dict(TRITON_INTERPRET='1', SMOOTH_TEST_BACKEND='triton', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    started = {name: subprocess.Popen([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore::RuntimeWarning', *files],
-                                      cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for name, files in PARITY.items()}
-    yield started
-    for p in started.values(): p.kill()
+    ended = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-W', 'ignore::RuntimeWarning', file], cwd=HERE, env=env,
+                           capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
+    by_triton, by_torch = map(int, re.search(r'losses computed by Triton: (\d+), by torch: (\d+)', ended.stdout).groups())
+    assert by_triton > 300 and by_torch < .15 * by_triton, ended.stdout[-500:]
 
 
 # ---------------------------------------------------------------- compiled for GPUs that are not here
@@ -193,18 +194,6 @@ def test_without_triton(how):
     ended = subprocess.run([sys.executable, '-W', 'ignore', '-c', run], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     if how != 'import': assert "backend='triton' needs the package triton" in ended.stdout and "backend='auto'" in ended.stdout
-
-
-# ---------------------------------------------------------------- the torch implementation's tests, interpreted: their results
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', PARITY)
-def test_parity_suite_interpreted(interpreted, name):
-    "every test of the torch implementation that says something about a kernel, on the Triton one; hardly anything falls back"
-    out, _ = interpreted[name].communicate(timeout=540)
-    assert interpreted[name].returncode == 0, out[-8000:]
-    by_triton, by_torch = map(int, re.search(r'losses computed by Triton: (\d+), by torch: (\d+)', out).groups())
-    assert by_triton > 2000 and by_torch < .15 * by_triton, out[-500:]
 
 
 if __name__ == '__main__':
