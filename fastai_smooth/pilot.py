@@ -92,7 +92,9 @@ def pilot(
     no metrics and prints no table.
 
     Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders; and random states. A training takes
-    the memory of one more model, its gradients and its optimizer's state. Raises a TypeError where the model can't be copied."""
+    the memory of one more model, its gradients and its optimizer's state. Raises a TypeError where the model can't be copied, and a RuntimeError inside `distrib_ctx`, where each
+    process would see its own part of the data, and come to its own result."""
+    if hasattr(learn, 'distributed_trainer'): raise RuntimeError('inside distrib_ctx each process sees its own part of the data: call this before or after it')
     modes = {m:m.training for m in learn.model.modules()} if isinstance(learn.model, nn.Module) else {}
     try:
         with no_random(seed), _same_random_after(learn.dls.loaders): yield _copied(learn, train)

@@ -1,5 +1,5 @@
 "Calibration measures, their intervals and floors, and the metrics: SPEC section 6."
-import math, os, pickle
+import math, pickle
 from fractions import Fraction
 
 import pytest
@@ -15,6 +15,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 import fastai.losses as fastai_losses
 from fastai_smooth.all import LabelSmoothingCrossEntropyFlat
 from fastai_smooth.calibration import *
+from processes import fastai_on_cpu, in_processes, needs_fork
 
 NAN = float('nan')
 MEASURES = [nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error]
@@ -913,28 +914,17 @@ def shared_learner():
     return learn
 
 
-def rank(i, path):
-    import torch.distributed as dist
-    from fastai.distributed import DistributedDL
-    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', ACCELERATE_USE_CPU='1', GLOO_SOCKET_IFNAME='lo')
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{path}/init', rank=i, world_size=2)
-    def broadcast(self, t, rank):   # fastai's sends it by way of the GPU
-        t = torch.LongTensor(t)
-        dist.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
+def ranked():
+    fastai_on_cpu()
     learn = shared_learner()
     with learn.distrib_ctx(sync_bn=False): learn.fit(1, lr=0.)
-    torch.save([*learn.recorder.values[-1][2:]], path/f'{i}.pt')
-    dist.destroy_process_group()
+    return [*learn.recorder.values[-1][2:]]
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-def test_two_processes_measure_what_one_does(tmp_path):
+@needs_fork
+def test_two_processes_measure_what_one_does():
     "Exactly, with rows that do not come out even"
     pytest.importorskip('accelerate')
     from fastai import distributed   # noqa: F401  before the fork
-    torch.multiprocessing.start_processes(rank, (tmp_path,), nprocs=2, start_method='fork')
     one = shared_learner().validate()[1:]
-    for i in range(2): near(torch.load(tmp_path/f'{i}.pt'), one, atol=1e-6)
+    for values in in_processes(2, ranked): near(values, one, atol=1e-6)

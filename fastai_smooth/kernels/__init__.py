@@ -1,3 +1,6 @@
-"""Label smoothing on plain tensors: what the smoothed target is, and the two losses. Needs torch and nothing else."""
+"""Label smoothing on plain tensors: what the smoothed target is, the two losses, and means over several processes. Needs torch and nothing else."""
+from . import distributed, functional
+from .distributed import *
 from .functional import *
-from .functional import __all__
+
+__all__ = functional.__all__ + distributed.__all__

@@ -1,0 +1,35 @@
+"Several gloo processes on this machine, as several machines would be: for what is shared among them."
+import os, tempfile, warnings
+
+import pytest, torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork') or not dist.is_available(), reason='needs fork and torch.distributed')
+
+
+def _process(rank, n, folder, f, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), ACCELERATE_USE_CPU='1', GLOO_SOCKET_IFNAME='lo')
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=n)
+    torch.save(f(*args), f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def in_processes(n, f, *args):
+    "What `f(*args)` gives in each of `n` processes: forked, so `f` may be any function, and what it needs is best imported before."
+    with tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')   # of forking with threads: there is nothing in them that the processes wait for
+            mp.start_processes(_process, (n, folder, f, args), nprocs=n, start_method='fork')
+        return [torch.load(f'{folder}/{i}.pt', weights_only=False) for i in range(n)]
+
+
+def fastai_on_cpu():
+    "fastai's DistributedDL sends its indices by way of the GPU; call it in each process."
+    from fastai.distributed import DistributedDL
+    def broadcast(self, t, rank):
+        t = torch.LongTensor(t)
+        dist.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
