@@ -173,9 +173,10 @@ class LabelSmoothingScheduler(Callback):
 
     def after_fit(self):
         self._restore()
-        if not getattr(self, 'eps_values', None) or not hasattr(self.learn, 'recorder'): return
+        values,self.eps_values = getattr(self, 'eps_values', None),[] # a fit that is cancelled at once has none
+        if not values or not hasattr(self.learn, 'recorder'): return
         this_fit = {k:v for cb in self.learn._grab_cbs(ParamScheduler) for k,v in getattr(cb, 'hps', {}).items()}
-        self.learn.recorder.hps = {**this_fit, 'eps': self.eps_values}
+        self.learn.recorder.hps = {**this_fit, 'eps': values}
 
     def _restore(self):
         if self._owner is not None: self._owner.eps = self._configured
