@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest, torch
 
-triton = pytest.importorskip('triton')
+triton = pytest.importorskip('triton', minversion='3.6')
 from fastai_smooth.kernels import fused, fused_sigmoid, fused_softmax, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
 from fastai_smooth.kernels.formula import Job
 from fastai_smooth.kernels.sigmoid import Labels

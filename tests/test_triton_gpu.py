@@ -4,7 +4,7 @@ dispatch table against float64. Needs CUDA, torch and Triton, and nothing else; 
 import pytest, torch
 import torch.nn.functional as F
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', minversion='3.6')
 from fastai_smooth.kernels import fused, fused_softmax, smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
 from reference import distance
 

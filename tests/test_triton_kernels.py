@@ -6,7 +6,7 @@ import sys
 import pytest, torch
 import torch.nn.functional as F
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', minversion='3.6')
 from fastai_smooth.kernels import fused, fused_sigmoid, fused_softmax, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
 from fastai_smooth.kernels.formula import Job
 from fastai_smooth.kernels.fused_softmax import Tile

@@ -1,7 +1,6 @@
 """Checks of options and targets: what is wrong, by name and value, before anything is computed."""
 from __future__ import annotations
 import functools, math, warnings
-from dataclasses import replace
 from numbers import Real
 import torch
 import torch.distributed as dist
@@ -77,7 +76,7 @@ def check_smoothing(s: Smoothing, num_classes=None, weight=None, values=True) ->
         if values:
             check_factors(weight=weight)
             warn_past_the_flip(s, weight, eps)
-    return s if eps is s.eps else replace(s, eps=eps)
+    return s if eps is s.eps else Smoothing(eps, s.prior, s.spread, s.multi_hot)
 
 def warn_past_the_flip(s, weight, eps):
     """Warns, once, where class weights make another class than the label the optimum's argmax.

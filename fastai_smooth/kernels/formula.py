@@ -8,7 +8,7 @@ This is what torch.compile, torch.func, double backward and targets that need a 
 computes faster."""
 from __future__ import annotations
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .chunks import WHOLE
@@ -26,6 +26,10 @@ class Job:
     ignored: Tensor | None = None  # [rows], True where a row counts for nothing; None when there is no such row
     invalid: Tensor | None = None  # [rows], True where an index was out of range and could not be reported: nan
 
+    def replaced(self, **changes) -> Job:
+        "`dataclasses.replace`, in words that torch.compile understands (torch 2.4)"
+        return Job(**{n: changes.get(n, getattr(self, n)) for n in Job.__match_args__})
+
     def tensors(self):
         "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
         return [v for v in (self.target, self.weight, self.smoothing.prior, self.smoothing.eps) if isinstance(v, Tensor)]
@@ -35,12 +39,12 @@ class Job:
         if at is WHOLE: return self
         rows = tuple(s for d, s in enumerate(at) if d != self.axis)
         job = self.turned(lambda v: v[rows])
-        return job if self.is_index else replace(job, target=self.target[at])
+        return job if self.is_index else job.replaced(target=self.target[at])
 
     def turned(self, turn) -> Job:
         "The same with its rows turned (permuted, or viewed in another shape) by `turn`."
         turned = lambda v: None if v is None else turn(v)
-        return replace(self, target=turn(self.target) if self.is_index else self.target, ignored=turned(self.ignored), invalid=turned(self.invalid))
+        return self.replaced(target=turn(self.target) if self.is_index else self.target, ignored=turned(self.ignored), invalid=turned(self.invalid))
 
     def sparse(self, x: Tensor):
         "Is t a number or a vector plus one value a row? Seen only on the CPU, where it is free to look whether that went well."

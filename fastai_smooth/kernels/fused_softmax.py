@@ -9,7 +9,6 @@ so one pass over the row gives all that loss and gradient need: the maximum, the
 w * u and w * y the sums over the classes that are not masked (-inf), with and without the logit. nbs/00_kernels.ipynb derives it."""
 from __future__ import annotations
 import math
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 import torch
@@ -415,7 +414,7 @@ class FusedSoftmaxLoss(torch.autograd.Function):
 def softmax_loss(x: Tensor, job: Job, reduction: str) -> Tensor:
     "The loss of logits `x`, for a job that the kernel `takes`."
     if torch.compiler.is_compiling(): return softmax_forward(x, *flat(job, x), reduction, long(x, job.axis))[0]
-    x, job = x.resolve_neg(), replace(job, target=job.target.resolve_neg()) if job.target.is_neg() else job
+    x, job = x.resolve_neg(), job.replaced(target=job.target.resolve_neg()) if job.target.is_neg() else job
     if not x.numel(): return x.sum(job.axis).to(accumulator(x)) if reduction == 'none' else x.sum().to(accumulator(x))
     if x.requires_grad and torch.is_grad_enabled(): return FusedSoftmaxLoss.apply(x, job, reduction)
     return forward(x, job, reduction)[0]

@@ -1,5 +1,4 @@
 """Class indices made safe to gather with, where no kernel sees to that itself."""
-from dataclasses import replace
 import torch
 from torch import Tensor
 from .checks import check_indices
@@ -14,13 +13,13 @@ def looked_up(job: Job, x: Tensor, traced: bool = False) -> Job:
         lo, hi = index.aminmax()
         lo, hi = lo.item(), hi.item()
         if 0 <= lo and hi < k and not lo <= job.ignore_index <= hi:  # the usual case, in one op
-            return job if index is job.target else replace(job, target=index)
+            return job if index is job.target else job.replaced(target=index)
     ignored = index == job.ignore_index
     if traced or index.device.type != 'cpu':
         invalid = ((index < 0) | (index >= k)) & ~ignored
-        return replace(job, target=index.masked_fill(ignored | invalid, 0), ignored=ignored, invalid=invalid)
+        return job.replaced(target=index.masked_fill(ignored | invalid, 0), ignored=ignored, invalid=invalid)
     check_indices(index, k, ignored)
-    return replace(job, target=index.masked_fill(ignored, 0), ignored=ignored) if bool(ignored.any()) else replace(job, target=index)
+    return job.replaced(target=index.masked_fill(ignored, 0), ignored=ignored) if bool(ignored.any()) else job.replaced(target=index)
 
 @torch.library.custom_op('fastai_smooth::checked_indices', mutates_args=())
 def checked_indices(index: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -3,8 +3,8 @@
 The softmax's denominator and sum_k t_k x_k are sums over classes. Each rank adds up its own classes, and two all-reduces make
 them whole: a maximum (N numbers) and both sums (2 N), whatever K is. The backward moves nothing. The rule of a gradient for
 masked classes (-inf) is that of `targets.py`; rows that have some take another sum (8 N)."""
-from __future__ import annotations
 import math, sys
+from typing import Optional
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -90,7 +90,7 @@ def assembled(rows, w, job, reduction, mesh, placements, shape):
 # --- custom ops: torch.compile takes them as they are, collectives and the look at masked classes included -------------
 
 @torch.library.custom_op('fastai_smooth::sharded_forward', mutates_args=())
-def forward(x: Tensor, y: Tensor, e: Tensor, w: Tensor, mass: Tensor, u: Tensor | None, v: Tensor | None, axis: int, low: int, k: int,
+def forward(x: Tensor, y: Tensor, e: Tensor, w: Tensor, mass: Tensor, u: Optional[Tensor], v: Optional[Tensor], axis: int, low: int, k: int,
             spread: str, group: str) -> tuple[Tensor, Tensor]:
     """Losses of the rows, and what their gradient is made of: maximum, factor of exp(x - maximum), own, f and g, where t is
     own * onehot(y) + v * (f * u + g). `y` are the rows' classes, `e` their eps, `w` their weights; `u` and `v` the shard's prior and weights."""
@@ -131,7 +131,7 @@ def masked_terms(z, z_y, here, e, w, u, v, axis, spread, summed):
     return own + f * prior + g * each, lost + f * prior_z + g * each_z, own, f, g
 
 @torch.library.custom_op('fastai_smooth::sharded_backward', mutates_args=())
-def backward(grad_output: Tensor, x: Tensor, y: Tensor, stats: Tensor, u: Tensor | None, v: Tensor | None, axis: int, low: int, k: int) -> Tensor:
+def backward(grad_output: Tensor, x: Tensor, y: Tensor, stats: Tensor, u: Optional[Tensor], v: Optional[Tensor], axis: int, low: int, k: int) -> Tensor:
     "The gradient of this rank's logits, from what the forward left: no rank asks another."
     size, (most, factor, own, f, g) = x.shape[axis], stats.unsqueeze(axis + 1)
     if not size: return torch.empty_like(x)

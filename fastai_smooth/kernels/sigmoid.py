@@ -40,9 +40,9 @@ class Labels:
     def q(self, dtype: torch.dtype):
         "The smoothed labels."
         y = self.target
+        if torch.compiler.is_compiling(): return sigmoid_q(y.to(dtype), self.eps, self.prior)  # the other's alpha would be compiled in
         if y.dtype == torch.bool and not transforming(): y = y.view(torch.uint8)  # which torch converts eight times as fast
-        if self.prior is None and not torch.compiler.is_compiling(): return sigmoid_q_of(y, self.eps, dtype)  # whose alpha would be compiled in
-        return sigmoid_q(y.to(dtype), self.eps, self.prior)
+        return sigmoid_q_of(y, self.eps, dtype) if self.prior is None else sigmoid_q(y.to(dtype), self.eps, self.prior)
 
     def loss(self, x, q, log_p):
         "The loss of each logit, by log sigmoid(x)."

@@ -4,7 +4,6 @@ That tensor is the gradient, made by chunks while their logits are in the cache,
 where it must. The formula and its derivation are in `formula.py`."""
 from __future__ import annotations
 import math
-from dataclasses import replace
 from itertools import repeat
 from typing import NamedTuple
 import torch
@@ -35,7 +34,7 @@ class IndexTerms(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, job: Job):
         s, axis, size, w, y = job.smoothing, job.axis, x.shape[job.axis], job.weight, job.target.unsqueeze(job.axis)
-        e = effective_eps(s.eps[y] if isinstance(s.eps, Tensor) else s.eps, s.spread, 1, size)
+        e = effective_eps(s.eps[y] if isinstance(s.eps, Tensor) else s.eps, s.spread, 1, size) if size > 1 else 0.
         a, c, mass = 1 - e, 1 / size if s.prior is None else s.prior, 1.
         if w is not None: a, c = a * w[y], c * w
         if isinstance(c, Tensor): c, mass = along(c, axis, x.dim()), c.sum().item()
@@ -67,7 +66,7 @@ class IndexTerms(NamedTuple):
     def exact(self, loss, log_p, x_y=None, shared=None):
         "False where p_y was too small, where the smooth part is the difference of two much larger terms, or a class is masked."
         if not log_p.min().item() >= least_log(log_p.dtype): return False  # nan, too
-        return x_y is None or bool((self.e * (x_y.abs() + self.with_c(shared).abs()) - 4 * (self.total + loss) <= 0).all())  # nor for inf - inf
+        return x_y is None or bool((self.e * (x_y.abs() + self.with_c(shared).abs()) - 4 * loss <= 0).all())  # nor for inf - inf
 
     def grad_terms(self, scale):
         "k, e and own of the gradient times `scale` (a number, or one a row): it is k * softmax + e * c + own * onehot(y)."
@@ -159,9 +158,10 @@ def some_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
     p = softmax(x, terms.axis, out)
     log_p, x_y = p.gather(terms.axis, terms.y).log_(), x.gather(terms.axis, terms.y)
     if not log_p.min().item() >= least_log(p.dtype): return None  # nan, too
-    if terms.smooths() and not terms.e * largest(x) <= 2: return None
+    loss = terms.loss(log_p.sum().item(), x_y.sum().item(), x.sum().item()) if terms.smooths() else terms.loss(log_p.sum().item())
+    if terms.smooths() and not terms.e * largest(x) * log_p.numel() < 4 * loss: return None
     if out is not None: terms.grad_(p, scale)
-    return terms.loss(log_p.sum().item(), x_y.sum().item(), x.sum().item()) if terms.smooths() else terms.loss(log_p.sum().item())
+    return loss
 
 def largest(x: Tensor):
     lo, hi = x.aminmax()
@@ -181,8 +181,9 @@ def summed_loss(x: Tensor, terms: IndexTerms, scale: float, out: Tensor | None):
             stats = here.one_exp(z, p, None if out is None else scale).flatten(1)
             (least, *low), (_, *high) = (v.tolist() for v in stats.aminmax(dim=1))
             if not least >= least_log(z.dtype): return None  # nan, too
-            if low and not terms.e * max(-low[0], high[0], -terms.c * low[1], terms.c * high[1]) <= 2: return None
-            loss += here.loss(*stats.sum(1).tolist())
+            of_rows = here.loss(*stats.sum(1).tolist())
+            if low and not terms.e * max(-low[0], high[0], -terms.c * low[1], terms.c * high[1]) * stats.shape[1] < 4 * of_rows: return None
+            loss += of_rows
     return None if loss is None else torch.scalar_tensor(loss * scale, dtype=accumulator(x), device=x.device)
 
 def softmax_grad(x: Tensor, terms: IndexTerms, scale: float, out: Tensor):
@@ -286,6 +287,7 @@ def as_it_lies(x: Tensor, axis: int):
     if not x.permute(order).is_contiguous(): return None
     at, sizes = order.index(axis), [x.shape[d] for d in order]
     outer, inner = math.prod(sizes[:at]), math.prod(sizes[at+1:])
+    if x.dim() == 2 and inner > 1: return None  # torch.softmax copies a chunk, and adds up in lanes; as they lie, one by one
     return order, (outer, x.shape[axis]) if inner == 1 else (outer, x.shape[axis], inner)
 
 def softmax_loss(x: Tensor, job: Job, reduction: str, plain: bool) -> Tensor:
@@ -300,8 +302,8 @@ def seen_as(order, shape, x, job, reduction):
     "The loss of `x.permute(order).view(shape)`, with its rows back in the order of those of `x`."
     rows = [d - (d > job.axis) for d in order if d != job.axis]
     turned = job.turned(lambda v: v.permute(rows).reshape(shape[:1] + shape[2:]))
-    if not job.is_index: turned = replace(turned, target=job.target.permute(order).reshape(shape))
-    loss = contiguous_loss(x.permute(order).view(shape), replace(turned, axis=1), reduction)
+    if not job.is_index: turned = turned.replaced(target=job.target.permute(order).reshape(shape))
+    loss = contiguous_loss(x.permute(order).view(shape), turned.replaced(axis=1), reduction)
     if reduction != 'none': return loss
     sizes = [x.shape[d] for d in order if d != job.axis]
     return loss.view(sizes).permute([rows.index(d) for d in range(len(rows))])

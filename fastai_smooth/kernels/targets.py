@@ -6,7 +6,7 @@
 Szegedy et al. 2016 (arXiv:1512.00567) is the uniform softmax one, Keras' binary `label_smoothing` is 2e.
 """
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Smoothing:
         "The same, with its tensors on the device of `like` and of `dtype`."
         if self.prior is None and not isinstance(self.eps, Tensor): return self
         move = lambda o: o.to(like.device, dtype) if isinstance(o, Tensor) else o
-        return replace(self, eps=move(self.eps), prior=move(self.prior))
+        return Smoothing(move(self.eps), move(self.prior), self.spread, self.multi_hot)
 
     def dense(self, y, axis, index=None, keep=None):
         """q for targets `y` (floating, classes along `axis`); `index` are the class indices that `y` came from.
