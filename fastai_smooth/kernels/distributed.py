@@ -32,9 +32,10 @@ def global_mean(
     One all-reduce of one number, so each process of the group has to call it. Without an initialised process group it is
     `loss_sum / denominator`.
 
-    >>> loss = smooth_cross_entropy(logits, target, weight=w, reduction='sum')
-    >>> global_mean(loss, mean_denominator(target, w)).backward()
-    """
+    ```python
+    loss = smooth_cross_entropy(logits, target, weight=w, reduction='sum')
+    global_mean(loss, mean_denominator(target, w)).backward()
+    ```"""
     total, n = torch.as_tensor(denominator, dtype=loss_sum.dtype, device=loss_sum.device).detach().clone(), 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total, group=group)
