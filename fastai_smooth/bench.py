@@ -9,7 +9,7 @@ __all__ = ['SHAPES', 'HALF', 'QUICK', 'EPS', 'SIGMOID_EPS', 'SCALE', 'TOLERANCE'
            'OneLineParser', 'machine', 'fits', 'bench_parser', 'cases_of', 'run', 'bench', 'summary']
 
 # %% ../nbs/12_bench.ipynb #59429fc5
-import argparse, gc, importlib.util, json, os, platform, random, re, statistics, sys, time, warnings
+import argparse, gc, importlib.util, json, math, os, platform, random, re, statistics, sys, time, warnings
 from datetime import date
 from functools import partial
 from typing import NamedTuple
@@ -372,11 +372,16 @@ def machine(device):
 
 def fits(case, device):
     "Is there memory for the check in float64, the largest part of it all? It takes some 12 times the logits in float32."
-    need = 60*torch.Size(case.shape).numel()
+    need = 60*math.prod(case.shape)
     if device == 'cuda': return need < torch.cuda.mem_get_info()[0]
     try:
         with open('/proc/meminfo') as f: return need < 1024*int(re.search(r'MemAvailable:\s+(\d+)', f.read())[1])
     except (OSError, TypeError): return True # not a system that tells
+
+def _seconds(s):
+    x = float(s)
+    if not 0 < x < float('inf'): raise argparse.ArgumentTypeError(f'{s} is not a number above 0')
+    return x
 
 def bench_parser():
     "What `fastai_smooth bench` takes."
@@ -397,7 +402,7 @@ as caching allocators do; without, getting fresh pages weighs most for large ten
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='where there is torch alone: python -m fastai_smooth bench (default: cpu)')
     p.add_argument('--backend', choices=('auto', 'torch', 'triton'), default='auto', help='of ours; triton needs a GPU (default: auto)')
     p.add_argument('--quick', action='store_true', help='few shapes, a short time each, nothing compiled')
-    p.add_argument('--seconds', type=float, help='for each case (default: 3, or .5 with --quick)')
+    p.add_argument('--seconds', type=_seconds, metavar='S', help='for each case (default: 3, or .5 with --quick)')
     p.add_argument('--json', metavar='FILE', help='write all numbers there, too')
     p.add_argument('--shapes', nargs='+', metavar='SHAPE', help='such as 512x1000, 8x21x256x256 (classes second), '
                    'sigmoid:256x1000, or step for that of a Learner (default: all that README names)')
@@ -432,7 +437,7 @@ def bench(
     "The command `bench`; returns its exit code."
     args = bench_parser().parse_args(sys.argv[2:] if argv is None else argv)
     def bad(message):
-        print(f'fastai_smooth: {message}', file=sys.stderr)
+        print(f'fastai_smooth: {" ".join(message.split())}', file=sys.stderr)
         return 2
     try: cases,step = cases_of(args)
     except ValueError as e: return bad(f'--shapes: {e}')
@@ -440,7 +445,7 @@ def bench(
     if args.device == 'cuda' and not torch.cuda.is_available(): return bad('--device cuda: torch finds no GPU here')
     try:
         if args.json: open(args.json, 'a').close() # now, rather than after all the work
-    except OSError as e: return bad(f"--json {args.json}: can't write there ({e.strerror})")
+    except (OSError,ValueError) as e: return bad(f"--json {args.json}: can't write there ({getattr(e, 'strerror', e)})")
     warnings.filterwarnings('ignore', category=FutureWarning) # fastai's own use of torch.jit.script
     about = machine(args.device)
     print('\n'.join(f'{k}: {v}' for k,v in about.items() if v is not None))

@@ -13,12 +13,17 @@ from fastai.metrics import accuracy,accuracy_multi
 from scipy.optimize import brentq
 from scipy.stats import binomtest
 from .callback import _unmixed
+from .kernels.checks import check_dense, check_number, check_whole
+from .kernels.functional import tensor_of
 
 # %% ../nbs/05_calibration.ipynb #79d33a7b
-def _plain(x):
-    "On the CPU, in float64 where it is of floating point."
-    x = torch.as_tensor(x).detach().as_subclass(Tensor).cpu()
-    return x.double() if x.is_floating_point() else x
+def _plain(name, x):
+    "On the CPU, in float64 where it is of floating point, else in int64."
+    x = tensor_of(name, x).detach()
+    check_dense(name, x)
+    if type(x).__torch_dispatch__ == Tensor.__torch_dispatch__: x = x.as_subclass(Tensor)
+    if x.is_meta or type(x) is not Tensor: raise ValueError(f'{name} has no values: it is on {x.device}, a {type(x).__name__}')
+    return x.cpu().double() if x.is_floating_point() else x.cpu().long()
 
 def _task(
     probs, # (N,) or (N,K)
@@ -37,10 +42,10 @@ def check_probs(
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
 ):
     "`probs` and `targs` in float64 and int64 on the CPU, and their task; a ValueError says what is wrong with them."
-    probs = torch.as_tensor(probs)
-    tol,probs,targs = _sum_tolerance(probs.dtype),_plain(probs),_plain(targs)
+    dtype = tensor_of('probs', probs).dtype
+    tol,probs,targs = _sum_tolerance(dtype),_plain('probs', probs),_plain('targs', targs)
     task = _task(probs, targs)
-    if not probs.is_floating_point(): raise ValueError(f'probs must be floating point, got {probs.dtype}')
+    if not dtype.is_floating_point: raise ValueError(f'probs must be floating point, got {dtype}')
     if not len(probs): raise ValueError('probs has no rows')
     outside = probs[(probs < 0) | (probs > 1)]
     if len(outside): raise ValueError(f'probs must be in [0,1], got {outside[0]:g}: apply softmax or sigmoid to logits first')
@@ -115,7 +120,7 @@ class _Binned:
     "Calibration error over bins; `classwise`: of each class, or of the predicted one."
     calibration,worst = True,torch.amax
     def __init__(self, n_bins=15, binning='width', norm='l1', debias=False, classwise=False):
-        if not (isinstance(n_bins, int) and n_bins > 0): raise ValueError(f'n_bins must be a whole number above 0, got {n_bins}')
+        check_whole('n_bins', n_bins, 1)
         if binning not in ('width','mass'): raise ValueError(f"binning must be 'width' or 'mass', got {binning!r}")
         if norm not in ('l1','l2','max'): raise ValueError(f"norm must be 'l1', 'l2' or 'max', got {norm!r}")
         if debias and norm == 'max': raise ValueError("debias is for norm='l1' or 'l2': the bias of the largest gap has no such formula")
@@ -250,18 +255,21 @@ _MEASURES = {nll: lambda: _Mean(_nll_rows), brier_score: lambda: _Mean(_brier_ro
              accuracy: lambda: _Mean(_right_rows, torch.amin), accuracy_multi: lambda: _Mean(_right_rows, torch.amin)}
 
 def _measure(measure, **kwargs):
-    if measure in _MEASURES: return _MEASURES[measure](**kwargs)
-    raise TypeError(f'{getattr(measure, "__name__", measure)} is not known here: use one of {", ".join(o.__name__ for o in _MEASURES)}')
+    if callable(measure) and measure in _MEASURES:
+        try: return _MEASURES[measure](**kwargs)
+        except TypeError as e: raise TypeError(f'{measure.__name__} does not take {", ".join(kwargs)}: {e}') from None
+    raise TypeError(f'measure {getattr(measure, "__name__", measure)} is not known here: use one of {", ".join(o.__name__ for o in _MEASURES)}')
 
 # %% ../nbs/05_calibration.ipynb #8cdbe5da
 def _check_level(level):
-    if not 0 < level < 1: raise ValueError(f'level must be a share between 0 and 1, got {level}')
+    check_number('level', level, 0, 1, strictly=True)
 
 def _numbered(groups, n):
     "Groups by number from 0 (N,), and how many there are; None: each row is one"
     if groups is None: return torch.arange(n),n
-    if len(groups) != n: raise ValueError(f'groups must say of each of the {n} rows to which it belongs, got {len(groups)}')
-    numbers = torch.as_tensor(groups).unique(return_inverse=True)[1]
+    groups = _plain('groups', groups)
+    if groups.shape != (n,): raise ValueError(f'groups must say of each of the {n} rows to which it belongs, got shape {tuple(groups.shape)}')
+    numbers = groups.unique(return_inverse=True)[1]
     return numbers,int(numbers.max())+1
 
 def _drawn(cumulated, group, n_groups, gen):
@@ -287,9 +295,11 @@ def null_floor(
     """What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed. Raises ValueError for bad input,
     TypeError for other measures."""
     m,(probs,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
-    if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(check_whole('seed', seed))
     _check_level(level)
+    check_whole('n_draws', n_draws, 1)
+    _averaged(torch.zeros(1), average) # is it known?
+    if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
     n,group = min(n_draws, max(20, 10**8 // probs.numel())),_numbered(groups, len(probs))
     draw,p = (_drawn_classes,probs.cumsum(1)) if task == 'classes' else (_drawn,probs)
     values = torch.stack([_value(m, (probs, draw(p, *group, gen), task), average) for _ in range(n)])
@@ -302,6 +312,9 @@ def binomial_interval(
     level:float=.95, # Share of samples whose interval holds the truth
 ): 
     "Wilson's interval for a probability: (low, high)."
+    _check_level(level)
+    for name,v in (('k',k),('n',n)): check_number(name, v, 0 if name == 'k' else 1, 2**63)
+    if k > n: raise ValueError(f'k must be n={n} at most, got {k}')
     return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, 'wilson')))
 
 def _grouped(m, cell, channels, groups, gen, most=2**24):
@@ -338,11 +351,12 @@ def _inverted(m, groups, average, level, n_boot, gen):
         high = 1.
         while tail(high) < 0 and high < 2**20: high *= 2
         return brentq(tail, 0, high, xtol=1e-4) * size(truth).item()
-    wide = torch.where(field < 0, -1, 1) * (field**2 + noise.var(0)).sqrt()
+    wide = torch.where(field < 0, -1, 1) * (field**2 + noise.var(0, correction=0)).sqrt()
     return min(seen, end(field, (1+level)/2)),max(seen, end(wide, (1-level)/2))
 
 def _interval(m, cell, channels, average, level, n_boot, groups, seed):
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(check_whole('seed', seed))
+    check_whole('n_boot', n_boot, 1)
     groups = _grouped(m, cell, channels, groups, gen)
     n_boot = min(n_boot, max(200, 2**26 // groups[0].numel()))
     return (_inverted if m.calibration else _quantiles)(m, groups, average, level, n_boot, gen)
@@ -386,6 +400,8 @@ def reliability(
     p,y = events(probs, targs)
     if p.shape[1] > 1: raise ValueError(f'probs has {p.shape[1]} labels: give one, probs[:,k] and targs[:,k]')
     m = _Binned(n_bins, binning)
+    _check_level(level)
+    check_whole('min_n', min_n)
     known = ~p[:,0].isnan() # training diverged
     if not known.any(): return pd.DataFrame(columns=['confidence','accuracy','low','high','n'], dtype=float)
     sums,rows,left = _sums(*m.cells(p[known], y[known]), n_bins)[0,0],[],torch.zeros(3, dtype=torch.double)
@@ -427,6 +443,7 @@ class CalibrationMetric(Metric):
     "What the metrics of this page share; `act` makes probabilities of predictions (None: the activation of the Learner's loss)."
     def __init__(self, measure, name, average='macro', act=None, **kwargs):
         if average not in ('macro','worst'): raise ValueError(f"average must be 'macro' or 'worst', got {average!r}: a metric is one number")
+        if not (act is None or callable(act)): raise TypeError(f'act must be a function that makes probabilities of predictions, got {act!r}')
         self.measure,self.average,self.act = _measure(measure, **kwargs),average,act
         self._name = name if average == 'macro' else f'{name}_{average}'
 
@@ -449,6 +466,7 @@ class CalibrationMetric(Metric):
     def _rows(self, pred, targ, loss):
         """(items,rows an item,M,1+C): the cell, and what is to be added there: nothing for ignored rows. Where the bins wait for all rows,
         the probability, the outcome, and is it there"""
+        if targ.is_complex(): raise TypeError(f'targets must be of real numbers, got {targ.dtype}')
         act,n,m = self.act or getcallable(loss, 'activation'),len(pred),self.measure
         probs,targ,keep = prediction_rows(act(_double(pred)), targ, loss)
         try:

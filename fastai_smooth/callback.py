@@ -160,7 +160,9 @@ class LabelSmoothingScheduler(Callback):
 
     def __init__(self,
         sched:Callable # From the share of training done, in [0,1], to eps
-    ): self.sched = sched
+    ):
+        if not callable(sched): raise TypeError(f'sched must be a function from [0,1] to eps, such as SchedCos(.2, 0.), got {sched!r}')
+        self.sched = sched
 
     def before_fit(self):
         "Take the loss now: MixUp puts its own in its place later"

@@ -300,7 +300,8 @@ def load_images(args):
     elif not args.root: raise BadInput('--data fashion: needs --root DIR, where it is, or goes with --download')
     if args.data == 'fashion': return fashion(args.root, args.download)
     if args.data == 'digits': return digits()
-    if args.out.resolve().is_relative_to(Path(args.data).resolve()):
+    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = args.out.resolve().is_relative_to(Path(args.data).resolve()) and Path(args.data).is_dir()
+    if inside:
         raise BadInput(f'--out {args.out}: lies in --data {args.data}, where the plot would count as an image')
     return image_folder(args.data)
 
@@ -327,7 +328,7 @@ def check_out(out:Path):
         with tempfile.TemporaryFile(dir=out): pass
         for f in (out/'results.csv', out/'reliability.png'):
             if f.exists(): f.open('a').close() # an old one that can't be written again, or a folder
-    except OSError as e: raise BadInput(f'--out {out}: can\'t write there ({e.strerror})') from e
+    except (OSError,ValueError) as e: raise BadInput(f'--out {out}: can\'t write there ({getattr(e, "strerror", e)})') from e
 
 # %% ../nbs/11_compare.ipynb #9a19ec36
 def report(

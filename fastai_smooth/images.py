@@ -62,6 +62,7 @@ def image_folder(
 ):
     "The images in a folder, each opened once to see that it can be. `BadInput` names what can't be used, and why."
     path = Path(path)
+    with or_bad_input(f'--data {str(path)[:200]}: no such folder'): path.is_dir() # a name that no folder can have
     if not path.is_dir(): raise BadInput(f'--data {path}: no such folder (nor is it digits or fashion)')
     splits = [path/o for o in ('train', 'valid')]
     has_splits = all(o.is_dir() for o in splits)

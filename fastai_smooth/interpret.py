@@ -13,6 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from .calibration import *
 from .calibration import _measure, _measured
 from .callback import _unmixed
+from .kernels.checks import check_whole
 from .losses import untempered
 from .pilot import RawPreds, pilot, raw_preds
 from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted, row_nll
@@ -131,6 +132,7 @@ class CalibrationInterpretation(Interpretation):
         return_fig:bool=False, # Return the figure?
     ):
         "Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence. Several labels: one column each."
+        check_whole('max_n', max_n, 1), check_whole('n_bins', n_bins, 1)
         raw,after,targs = self.raw,self.after,self.targs
         cols = [('raw, ECE {:.3f}',raw,targs),(f'after {self._t}, ECE {{:.3f}}',after,targs)]
         if self.multi:
@@ -184,6 +186,7 @@ class CalibrationInterpretation(Interpretation):
         **kwargs # Of `plot_top_losses`
     ) -> tuple: # confidences, indices into the data
         "The wrong decisions that the model was most sure of (raw): of several labels, by the worst label of a row. For one prediction an input."
+        check_whole('k', k, 0)
         if not hasattr(self.dl, 'get_idxs'): raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
         if not len(self.rows) == self.total == len(self.dl.dataset):
             raise ValueError(f'most_overconfident needs one prediction an input, and all of them: there are {self.total} predictions, of which {len(self.rows)} are here')

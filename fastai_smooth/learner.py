@@ -8,6 +8,7 @@ __all__ = ['vision_learner', 'unet_learner', 'SmoothedCrossEntropyFlat']
 # %% ../nbs/04_learner.ipynb #8941f9e1
 from fastai.basics import *
 import fastai.losses, fastai.vision.learner, functools, inspect
+from .kernels.checks import check_values
 from .losses import *
 from .prior import train_prior
 from .callback import MultiLabelSmoothingCallback, _name, _unmixed
@@ -55,7 +56,9 @@ def _options(loss):
 # %% ../nbs/04_learner.ipynb #80bdc621
 def _resolved(prior, dls, **kwargs):
     "`prior`, with the label frequencies counted where it is 'train'."
-    if not isinstance(prior, str): return prior
+    if not isinstance(prior, str):
+        if isinstance(prior, Tensor): check_values('prior', prior)
+        return prior
     if prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
     return train_prior(dls, **kwargs)
 
@@ -124,7 +127,8 @@ _flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, def
 def _smoothed(learn, label_smoothing):
     "`learn` with the flag carried out: None and False are off, True is the default, a number is eps."
     if label_smoothing is None or label_smoothing is False: return learn
-    return learn.to_smooth(None if label_smoothing is True else label_smoothing)
+    try: return learn.to_smooth(None if label_smoothing is True else label_smoothing)
+    except (TypeError,ValueError) as e: raise type(e)(f'label_smoothing={label_smoothing!r}: {e}') from e
 
 def _with_flag(f):
     "The signature of `f` with `label_smoothing` added."

@@ -9,7 +9,7 @@ __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSm
 # %% ../nbs/01_losses.ipynb #2149c50c
 from fastai.basics import *
 from .kernels import functional as K
-from .kernels.checks import check_eps, check_factors, check_prior, check_smoothing
+from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, class_axis
 from .kernels.targets import Smoothing
 
 # %% ../nbs/01_losses.ipynb #50675ff6
@@ -31,7 +31,7 @@ class _Smooth(nn.Module):
 
     @eps.setter
     def eps(self, v):
-        v = check_eps(v, self._top)
+        v = check_eps(K.unwrapped('eps', v) if isinstance(v, Tensor) else v, self._top, values=not K.tracing(*[v]*isinstance(v, Tensor)))
         self._check(v)
         if hasattr(self, '_eps'): del self._eps
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
@@ -68,7 +68,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
         "All options together; their values as long as they are on the CPU, where reading them stalls nothing"
         tensors = [v for v in (eps,self.prior,self.weight) if isinstance(v, Tensor)]
         check_smoothing(self.smoothing(eps), first(v.shape[-1] for v in tensors if v.dim()), self.weight,
-                        values=all(v.device.type=='cpu' for v in tensors))
+                        values=all(v.device.type=='cpu' for v in tensors) and not K.tracing(*tensors))
 
     def smoothing(self, eps=None):
         "The options of the smoothed target, with another `eps` if one is given."
@@ -104,8 +104,10 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
-        if prior is not None: check_prior(self.prior, sigmoid=True)
-        check_factors(weight=self.weight, pos_weight=self.pos_weight)
+        values = not K.tracing(*(v for v in self.buffers()))
+        if prior is not None: check_prior(self.prior, sigmoid=True, values=values)
+        if values: check_factors(weight=self.weight, pos_weight=self.pos_weight)
+        check_number('thresh', thresh)
         self.eps,self.thresh = eps,thresh
 
     def _check(self, eps): pass # its range says it all
@@ -190,7 +192,8 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
 
     def _is_dense(self, targ): return targ.is_floating_point() or self.multi_hot # not so (N,1) indices of a single class
     def _target_shape(self, inp):
-        a = self.axis % inp.ndim
+        if not inp.ndim: return inp.shape
+        a = class_axis(inp, self.axis)
         return inp.shape[:a] + inp.shape[a+1:]
 
 # %% ../nbs/01_losses.ipynb #b78f2e06
@@ -226,6 +229,7 @@ class TemperedActivation:
 
     def __call__(self, x):
         t = self.temperature
+        if isinstance(t, list) and len(t) != x.shape[-1]: raise ValueError(f'temperature has {len(t)} values, the logits have {x.shape[-1]} labels')
         return self.loss.activation(x / (torch.as_tensor(t, dtype=x.dtype, device=x.device) if isinstance(t, list) else t))
 
 def untempered(
@@ -240,6 +244,9 @@ def tempered(
 ):
     "A copy of `loss` whose activation divides logits by `temperature`; for 1, the original. Raises a TypeError for a loss that has none."
     original = untempered(loss)
+    if isinstance(temperature, Tensor) and temperature.dim(): temperature = temperature.tolist()
+    if isinstance(temperature, list) and not temperature: raise ValueError('temperature needs a value a label, got an empty list')
+    for t in temperature if isinstance(temperature, list) else [temperature]: check_number('temperature', t, 0, math.inf, strictly=True)
     if temperature == 1: return original
     if not hasattr(loss, 'activation'): raise TypeError(f'{getattr(loss, "__name__", type(loss).__name__)} has no activation to keep a temperature in')
     res = deepcopy(loss)

@@ -13,6 +13,7 @@ import io
 from typing import NamedTuple
 from .calibration import prediction_rows
 from .callback import _unmixed
+from .kernels.checks import check_whole
 
 # %% ../nbs/06_pilot.ipynb #fdf0ff18
 _LOGGERS = {f'fastai.callback.{o}' for o in ('wandb','tensorboard','neptune','comet','azureml','captum')}
@@ -95,6 +96,7 @@ def pilot(
     the memory of one more model, its gradients and its optimizer's state. Raises a TypeError where the model can't be copied, and a RuntimeError inside `distrib_ctx`, where each
     process would see its own part of the data, and come to its own result."""
     if hasattr(learn, 'distributed_trainer'): raise RuntimeError('inside distrib_ctx each process sees its own part of the data: call this before or after it')
+    check_whole('seed', seed)
     modes = {m:m.training for m in learn.model.modules()} if isinstance(learn.model, nn.Module) else {}
     try:
         with no_random(seed), _same_random_after(learn.dls.loaders): yield _copied(learn, train)
@@ -131,7 +133,8 @@ def raw_preds(
     seed:int=0, # Decides the sample
 ) -> RawPreds:
     "Logits of `learn` with their targets, one row a prediction; ignored ones are left out. Raises a ValueError where there are none."
-    if dl is None: dl = learn.dls[ds_idx]
+    if dl is None: dl = learn.dls[check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)]
+    check_whole('max_numel', max_numel), check_whole('seed', seed)
     with _same_random_after([dl]), pilot(learn, train=False) as quiet:
         quiet.loss_func = _unmixed(quiet.loss_func)
         if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)

@@ -7,13 +7,17 @@ __all__ = ['train_prior']
 
 # %% ../nbs/02_prior.ipynb #d97820e7
 from fastai.basics import *
+from .kernels.checks import check_whole
 
 # %% ../nbs/02_prior.ipynb #5f983279
 def _counted(labels, num_classes, ignore_index):
     "Frequencies of the class indices in the tensors `labels`."
     counts = torch.zeros(num_classes, dtype=torch.long)
     for o in labels:
-        o = tensor(o if isinstance(o, (Tensor,int)) else np.array(o)).flatten().long() # a mask may be a PIL image still
+        try: o = tensor(o if isinstance(o, (Tensor,int)) else np.array(o)).flatten() # a mask may be a PIL image still
+        except (TypeError,ValueError) as e: raise TypeError(f'labels must be class indices, got {o!r}') from e
+        if o.is_complex() or (o != o.long()).any(): raise ValueError(f'labels must be whole numbers, got {o[o != o.long()][0].item() if not o.is_complex() else o.dtype}')
+        o = o.long()
         o = o[o != ignore_index]
         if len(o) and not 0 <= o.min() <= o.max() < num_classes:
             raise ValueError(f'labels from {o.min()} to {o.max()} for {num_classes} classes: pass ignore_index, or a tensor as prior')
@@ -41,7 +45,10 @@ def train_prior(
     Takes fastai datasets (no input is opened), `TabularPandas` and language model data; raises a TypeError for anything else, and a
     ValueError where there are no labels, or labels beyond the classes of `dls`."""
     labels = _labels(dls.train)
-    if not multi: return _counted(labels, get_c(dls), ignore_index)
-    labels = [torch.as_tensor(o).float() for o in labels]
-    if not labels or not labels[0].dim(): raise TypeError("multi-label targets must be 0/1 vectors: pass prior=tensor(frequencies)")
-    return torch.stack(labels).as_subclass(Tensor).nanmean(0) # an unknown label (nan) is not counted
+    if not multi:
+        if not get_c(dls): raise ValueError(f'dls.c, the number of classes, is {get_c(dls)}: pass prior=tensor(frequencies)')
+        return _counted(labels, get_c(dls), check_whole('ignore_index', ignore_index))
+    try: labels = torch.stack([torch.as_tensor(o).as_subclass(Tensor) for o in labels])
+    except (TypeError,ValueError,RuntimeError) as e: raise TypeError(f'multi-label targets must be 0/1 vectors of one length ({e}): pass prior=tensor(frequencies)') from e
+    if labels.ndim < 2 or labels.is_complex() or ((labels < 0) | (labels > 1)).any(): raise TypeError("multi-label targets must be 0/1 vectors: pass prior=tensor(frequencies)")
+    return labels.float().nanmean(0) # an unknown label (nan) is not counted

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from scipy.optimize import brentq, minimize_scalar
 from .calibration import binomial_interval, bootstrap_interval
 from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback, _unmixed
+from .kernels.checks import check_number, check_whole
 from .learner import *
 from .learner import _name, _sigmoid_losses
 from .losses import *
 from .pilot import pilot, raw_preds
-from .temperature import TemperatureReminder, best_temperature, cross_fitted, row_nll, spread
+from .temperature import TemperatureReminder, best_temperature, check_logits, cross_fitted, row_nll, spread
 
 # %% ../nbs/09_tune.ipynb #5d86e3ae
 def _mixed_nll(logits, targs, eta, log_beta):
@@ -50,7 +51,8 @@ def noise_estimate(
 ) -> NoiseEstimate:
     """Which share of `targs` is any class at random (of labels: any of 0 and 1), as far as these `logits` can tell. The interval holds if a temperature is all that they
     lack; the labels of a row count as one observation."""
-    logits,targs = _some(logits, targs, max_numel)
+    if check_logits(logits, targs)[0].ndim < 2: raise ValueError(f'logits must be (N,K), got {tuple(logits.shape)}')
+    logits,targs = _some(logits, targs, check_whole('max_numel', max_numel))
     profile = partial(_profile, logits, targs)
     best = minimize_scalar(profile, bounds=(0,.999), method='bounded', options=dict(xatol=1e-4))
     eta,least = (float(best.x),best.fun) if best.fun < profile(0.) else (0.,profile(0.))
@@ -187,7 +189,9 @@ def _plot_grid(found):
 def _grid(epss, multi):
     "The values to try, 0 among them"
     if epss is None: return [0.,.025,.05,.1,.2] if multi else [0.,.05,.1,.2,.4]
-    epss,top = sorted({0., *map(float, epss)}),.5 if multi else 1.
+    top = .5 if multi else 1.
+    try: epss = sorted({0., *map(float, epss)})
+    except (TypeError,ValueError) as e: raise TypeError(f'epss must be numbers in [0,{top:g}], got {epss!r}') from e
     bad = [o for o in epss if not 0 <= o <= top]
     if bad: raise ValueError(f'epss must be in [0,{top:g}], got {bad[0]:g}')
     if len(epss) < 2: raise ValueError('epss needs a value above 0')
@@ -215,10 +219,13 @@ def eps_find(self:Learner,
 
     The Learner is left as it is, also after an exception or Ctrl-C. It takes the memory of one more model and optimizer. Raises a TypeError for a loss that can't be
     smoothed, and a ValueError for options out of range."""
-    if not (0 < share <= 1 and n_epoch >= 1 and 0 < cap <= 1): raise ValueError(f'share and cap must be in (0,1], n_epoch 1 or more: got share={share}, cap={cap}, n_epoch={n_epoch}')
     if isinstance(n_epoch, bool): raise TypeError(f'n_epoch is a number of epochs, got {n_epoch}: full={n_epoch} is given by name')
+    for name,v,low,high in (('n_epoch',n_epoch,1,10**9), ('share',share,1e-9,1), ('cap',cap,1e-9,1)): check_number(name, v, low, high)
+    check_whole('seed', seed)
+    if not (fit is None or callable(fit)): raise TypeError(f'fit must be a function that trains a Learner, got {fit!r}')
+    if not (lr is None or isinstance(lr, slice)): check_number('lr', lr, 0, math.inf, strictly=True)
     if kwargs.keys() - {'prior','spread'}: raise TypeError(f'eps_find has no argument {", ".join(kwargs.keys() - {"prior","spread"})}')
-    if not 0 < ds_idx < len(self.dls.loaders): raise ValueError(f'ds_idx must be that of data to validate on, 1 to {len(self.dls.loaders)-1}, got {ds_idx}')
+    if check_whole('ds_idx', ds_idx, 0) not in range(1, len(self.dls.loaders)): raise ValueError(f'ds_idx must be that of data to validate on, 1 to {len(self.dls.loaders)-1}, got {ds_idx}')
     if epss is not None and not full: raise ValueError('epss goes with full=True')
     if kwargs and not full: raise ValueError(f'{", ".join(kwargs)}: goes with full=True, the one pilot is not smoothed')
     epss = _grid(epss, _is_multi(untempered(_unmixed(self.loss_func))))

@@ -1,6 +1,6 @@
 """Checks of options and targets: what is wrong, by name and value, before anything is computed."""
 from __future__ import annotations
-import functools, math, warnings
+import functools, math, operator, warnings
 from numbers import Real
 import torch
 import torch.distributed as dist
@@ -14,9 +14,38 @@ def warn(message, stacklevel=2):
     "A warning for the caller `stacklevel` calls up; of several processes the first one gives it."
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()): warnings.warn(message, stacklevel=stacklevel + 1)
 
+def check_whole(name, v, low=-2**63, high=2**63 - 1):
+    "`v` as an int that is in [low, high]."
+    try: n = v if type(v) is int or isinstance(v, torch.SymInt) else operator.index(v)
+    except (TypeError, RuntimeError): n = None
+    if n is None or isinstance(v, bool) or not low <= n <= high:
+        least = '' if low < -1 else f' of {low} or more'
+        raise (ValueError if isinstance(v, Real) else TypeError)(f"{name} must be a whole number{least}, got {v!r}")
+    return n
+
+def check_number(name, v, low=-math.inf, high=math.inf, strictly=False):
+    "`v` is a number in [low, high], or in (low, high)."
+    if isinstance(v, Tensor) and not v.dim() and not v.is_meta: v = v.item()
+    if isinstance(v, bool) or not isinstance(v, Real): raise TypeError(f"{name} must be a number, got {v!r}")
+    if not (low < v < high if strictly else low <= v <= high):
+        raise ValueError(f"{name} must be in {'(' if strictly else '['}{low:g}, {high:g}{')' if strictly else ']'}, got {v}")
+
+def check_dense(name, v):
+    "`v` is a tensor of real numbers, in memory of its own kind."
+    if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}; torch.tensor(...) makes one")
+    if v.layout is not torch.strided or v.is_nested: raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if v.is_nested else v.layout}")
+    if v.is_complex(): raise TypeError(f"{name} must be of real numbers, got {v.dtype}")
+
+def check_values(name, v, x=None):
+    "A tensor of options has values, unless the logits `x` have none either."
+    if isinstance(v, Tensor) and v.is_meta and not (x is not None and x.is_meta): raise ValueError(f"{name} is on meta, where it has no values")
+
 def check_eps(eps, top=1., num_classes=None, values=True):
     "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
-    if isinstance(eps, Tensor) and eps.dim() == 0: eps = eps.item()
+    if isinstance(eps, Tensor):
+        check_dense('eps', eps)
+        if values or not eps.dim(): check_values('eps', eps)
+        if not eps.dim(): eps = eps.item()
     if not isinstance(eps, Tensor):
         if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
         eps = float(eps)
@@ -30,7 +59,7 @@ def check_eps(eps, top=1., num_classes=None, values=True):
 
 def check_shape(name, v, num_classes, dims):
     "`v` has `dims` axes of size `num_classes` (of any one size when that is None)."
-    if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}; torch.tensor(...) makes one")
+    check_dense(name, v)
     k = num_classes if num_classes is not None else v.shape[-1] if v.dim() else '?'
     if tuple(v.shape) != (k,) * dims:
         raise ValueError(f"{name} must have shape {(k,) * dims} for {k} classes, got {tuple(v.shape)}")
@@ -40,6 +69,7 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
     dims = 2 if isinstance(prior, Tensor) and prior.dim() == 2 and not sigmoid else 1
     check_shape('prior', prior, num_classes, dims)
     if not values: return
+    check_values('prior', prior)
     if not bool((prior >= 0).all()): raise ValueError(f"prior must not be negative or nan, got {prior.min().item()}")
     if sigmoid:
         if not bool((prior <= 1).all()): raise ValueError(f"prior must be probabilities in [0, 1], got {prior.max().item()}")
@@ -53,12 +83,13 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
             raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
 
 def check_factors(**factors):
-    "Weights, of whatever shape, are finite and not negative."
+    "Weights, of whatever shape, are not negative, and neither they nor their sums leave the range of float32."
     for name, v in factors.items():
         if v is None: continue
-        if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}; torch.tensor(...) makes one")
-        bad = ~((v >= 0) & (v < math.inf))
-        if bool(bad.any()): raise ValueError(f"{name} must be finite and not negative, got {v[bad].flatten()[0].item():g}")
+        check_dense(name, v)
+        check_values(name, v)
+        bad = ~((v == 0) | (v.double() > 1e-36) & (v.double() < 1e36))
+        if bool(bad.any()): raise ValueError(f"{name} must be finite and not negative, and 0 or between 1e-36 and 1e36, got {v[bad].flatten()[0].item():g}")
 
 def check_smoothing(s: Smoothing, num_classes=None, weight=None, values=True) -> Smoothing:
     """`s` with its eps as a float or tensor, after all checks that need no targets.
@@ -123,6 +154,7 @@ def check_reduction(reduction):
 
 def class_axis(x, axis):
     if x.dim() == 1: return 0
+    axis = check_whole('axis', axis, -math.inf, math.inf)
     if not -x.dim() <= axis < x.dim(): raise IndexError(f"axis {axis} is out of range for input of shape {tuple(x.shape)}")
     return axis % x.dim()
 
@@ -145,6 +177,7 @@ def check_targets(x, target, axis, multi_hot) -> bool:
 
 def check_labels(x, target):
     "`target` is shaped like the logits `x`; integer ones that look like class indices are told where to go."
+    if target.is_complex(): raise TypeError(f"target must be of real numbers, got {target.dtype}")
     if target.shape == x.shape: return
     rows = [x.shape[:d] + x.shape[d+1:] for d in range(x.dim())]
     if is_index(target) and target.shape in rows:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .chunks import WHOLE
-from .targets import Smoothing, along, one_hot
+from .targets import Smoothing, along, of_class, one_hot
 
 @dataclass(frozen=True)
 class Job:
@@ -64,7 +64,7 @@ class Job:
         rows = x.numel() // x.shape[self.axis]
         if rows == 0 or not self.is_index: return max(1, rows)
         if self.weight is None: return rows if self.ignored is None else (rows - self.ignored.sum()).clamp(min=1)
-        w = self.weight[self.target]
+        w = of_class(self.weight, self.target)
         total = w.sum() if self.ignored is None else w.masked_fill(self.ignored, 0).sum()
         total = total / (total != 0)  # labels whose weights are all 0: nan, as in PyTorch
         return total if self.ignored is None else torch.where(self.ignored.all(), 1, total)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from . import sigmoid, softmax
 from .backward import opaque, tracing
-from .checks import (check_device, check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
-                     check_reduction, check_smoothing, check_targets, class_axis, is_index)
+from .checks import (check_dense, check_device, check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
+                     check_reduction, check_smoothing, check_targets, check_values, check_whole, class_axis, is_index)
 from .formula import Job, accumulator
 from .indices import looked_up
 from .sharded import check_options, is_sharded, sharded_loss
@@ -56,12 +56,15 @@ def smooth_targets(
     >>> smooth_targets([1., 0., 0.], eps=.1)
     tensor([0.9333, 0.0333, 0.0333])
     """
-    target = torch.as_tensor(target)
-    if sigmoid: return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, spread, multi_hot)
-    index, values = None, not tracing(unwrapped('target', target))
+    target = tensor_of('target', target)
+    values = not tracing(unwrapped('target', target))
+    if target.is_complex(): raise TypeError(f"target must be of real numbers, got {target.dtype}")
+    if sigmoid: return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, spread, multi_hot, values)
+    index, s = None, unwrapped_options(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot))
     if is_index(target) and not multi_hot:
         if num_classes is None: raise ValueError("class indices need num_classes; for one-hot integers use target.float(), "
                                                  "for multi-hot ones multi_hot=True or sigmoid=True")
+        check_whole('num_classes', num_classes, 1)
         index, axis = target.long(), target.dim()
         if values: check_indices(index, num_classes)
         target = one_hot(index, num_classes, axis, torch.get_default_dtype())
@@ -70,21 +73,23 @@ def smooth_targets(
             raise TypeError("bool targets are multi-hot: pass multi_hot=True or sigmoid=True, or class indices as integers")
         target = _as_labels(target, num_classes)
         axis = target.dim() - 1
-    s = check_smoothing(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot), target.shape[axis], values=values)
+    s = check_smoothing(s, target.shape[axis], values=values)
     if index is None: check_needs_no_index(s)
     return s.to(target, target.dtype).dense(target, axis, index)
 
 def _as_labels(target, num_classes):
     "Dense labels as floating point, with their last axis checked."
-    if target.dim() == 0: raise ValueError(f"labels need a last axis of classes, got the scalar {target.item()}")
+    if target.dim() == 0: raise ValueError("target needs a last axis of classes, got a scalar")
     if num_classes not in (None, target.shape[-1]):
         raise ValueError(f"num_classes is {num_classes}, but the last axis of target has {target.shape[-1]} (shape {tuple(target.shape)})")
     return target if target.is_floating_point() else target.to(torch.get_default_dtype())
 
-def _smooth_labels(target, num_classes, eps, prior, spread, multi_hot):
+def _smooth_labels(target, num_classes, eps, prior, spread, multi_hot, values):
     if multi_hot or spread != 'all': raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
     target, eps = _as_labels(target, num_classes), check_eps(eps, .5)
-    if prior is not None: check_prior(prior, target.shape[-1], sigmoid=True)
+    if prior is not None:
+        prior = unwrapped('prior', prior)
+        check_prior(prior, target.shape[-1], sigmoid=True, values=values)
     return sigmoid_q(target, eps, None if prior is None else prior.to(target))
 
 def smooth_cross_entropy(
@@ -141,14 +146,18 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     x, target = logits(input), unwrapped('target', target)
     fused = fused_for(backend, x)
     if weight is not None: weight = unwrapped('weight', weight)
+    smoothing = unwrapped_options(smoothing)
     check_reduction(reduction)
+    check_whole('ignore_index', ignore_index)
     if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
     axis = class_axis(x, axis)
     sharded = is_sharded(x)
     if sharded: check_options(eps=smoothing.eps, prior=smoothing.prior, weight=weight)
     k, traced = x.shape[axis], torch.compiler.is_compiling() if sharded else tracing(x, target)
     if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
-    s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu')).to(x, accumulator(x))
+    s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu'))
+    for name, v in (('eps', s.eps), ('prior', s.prior), ('weight', weight)): check_values(name, v, x)
+    s = s.to(x, accumulator(x))
     if weight is not None: weight = weight.to(x.device, accumulator(x))
     index = check_targets(x, target, axis, s.multi_hot)
     check_device(x, target)
@@ -179,10 +188,27 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     return sigmoid.sigmoid_loss(x, labels, reduction, traced or others)
 
 def unwrapped(name, t):
-    "A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay."
-    if type(t) is Tensor: return t
-    if not isinstance(t, Tensor): raise TypeError(f"{name} must be a tensor, got {type(t).__name__}; torch.tensor(...) makes one")
-    return t.as_subclass(Tensor) if type(t).__torch_dispatch__ == Tensor.__torch_dispatch__ else t
+    """A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay.
+
+    One from inference mode could not be saved for a backward: a copy of it can."""
+    if type(t) is not Tensor:
+        if not isinstance(t, Tensor): check_dense(name, t)
+        if type(t).__torch_dispatch__ == Tensor.__torch_dispatch__: t = t.as_subclass(Tensor)
+    if t.layout is not torch.strided or t.is_nested: check_dense(name, t)
+    if torch.compiler.is_compiling(): return t
+    if t.is_neg(): t = t.resolve_neg()  # torch's copy_ of float16 to float32 would lose the sign
+    return t.clone() if t.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled() else t
+
+def unwrapped_options(s):
+    "A `Smoothing` whose tensors are."
+    if s.prior is None and not isinstance(s.eps, Tensor): return s
+    eps = unwrapped('eps', s.eps) if isinstance(s.eps, Tensor) else s.eps
+    return Smoothing(eps, None if s.prior is None else unwrapped('prior', s.prior), s.spread, s.multi_hot)
+
+def tensor_of(name, v):
+    "`v`, or a tensor of what is in its lists or array."
+    try: return torch.as_tensor(v)
+    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} must be a tensor, or numbers in lists or an array, got {type(v).__name__} ({e})") from None
 
 def logits(input):
     x = unwrapped('input', input)
@@ -197,5 +223,6 @@ def needs_grad(*others) -> bool:
 
 def expanded(name, v, x):
     "`v` broadcast to `x`, without a copy."
+    check_values(name, v, x)
     try: return v.to(x.device, accumulator(x)).expand(x.shape)
     except RuntimeError: raise ValueError(f"{name} must broadcast to input's shape {tuple(x.shape)}, got {tuple(v.shape)}") from None

@@ -44,7 +44,7 @@ class Smoothing:
         `keep` is False at classes that are masked out by a logit of -inf: they get no share, the others all of it."""
         size = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
         eps, n = self.eps, y.sum(axis, keepdim=True) if self.multi_hot else 1
-        if isinstance(eps, Tensor): eps = eps[index].unsqueeze(axis)
+        if isinstance(eps, Tensor): eps = of_class(eps, index).unsqueeze(axis)
         u = self._shares(y, axis, index, size, keep)
         reached = n
         if keep is not None and self.spread == 'others':  # masked positives are not among the `size` classes
@@ -59,13 +59,17 @@ class Smoothing:
     def _shares(self, y, axis, index, size, keep):
         "u, broadcastable to `y`: uniform or the prior, over the classes that are kept."
         if self.prior is None: return 1 / size if keep is None else keep.to(y.dtype) / size
-        if self.prior.dim() == 2: u = self.prior[index].movedim(-1, axis)
+        if self.prior.dim() == 2: u = of_class(self.prior, index).movedim(-1, axis)
         else: u = along(self.prior, axis, y.dim())
         if keep is None: return u
         u = u * keep
         total = u.sum(axis, keepdim=True)
         # Where the prior gave all of its mass to masked classes, uniform is what is left to say
         return torch.where(total > 0, u / torch.where(total > 0, total, 1), keep.to(y.dtype) / size)
+
+def of_class(v: Tensor, index: Tensor) -> Tensor:
+    "`v[index]`, which would look at the value of a scalar index."
+    return v[index] if index.dim() else v[index[None]][0]
 
 def along(v: Tensor, axis: int, ndim: int) -> Tensor:
     "A vector shaped to broadcast along `axis` of a tensor with `ndim` dimensions."
