@@ -256,8 +256,9 @@ _MEASURES = {nll: lambda: _Mean(_nll_rows), brier_score: lambda: _Mean(_brier_ro
 
 def _measure(measure, **kwargs):
     if callable(measure) and measure in _MEASURES:
-        try: return _MEASURES[measure](**kwargs)
-        except TypeError as e: raise TypeError(f'{measure.__name__} does not take {", ".join(kwargs)}: {e}') from None
+        try: inspect.signature(_MEASURES[measure]).bind(**kwargs)
+        except TypeError: raise TypeError(f'{measure.__name__} does not take {", ".join(kwargs)}') from None
+        return _MEASURES[measure](**kwargs)
     raise TypeError(f'measure {getattr(measure, "__name__", measure)} is not known here: use one of {", ".join(o.__name__ for o in _MEASURES)}')
 
 # %% ../nbs/05_calibration.ipynb #8cdbe5da

@@ -174,11 +174,11 @@ class LabelSmoothingScheduler(Callback):
     def after_batch(self): self.eps_values.append(self._owner.eps)
 
     def after_fit(self):
+        begun = self._owner is not None # not in a fit that is cancelled at once
         self._restore()
-        values,self.eps_values = getattr(self, 'eps_values', None),[] # a fit that is cancelled at once has none
-        if not values or not hasattr(self.learn, 'recorder'): return
+        if not (begun and self.eps_values and hasattr(self.learn, 'recorder')): return
         this_fit = {k:v for cb in self.learn._grab_cbs(ParamScheduler) for k,v in getattr(cb, 'hps', {}).items()}
-        self.learn.recorder.hps = {**this_fit, 'eps': values}
+        self.learn.recorder.hps = {**this_fit, 'eps': self.eps_values}
 
     def _restore(self):
         if self._owner is not None: self._owner.eps = self._configured

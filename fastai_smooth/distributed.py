@@ -5,37 +5,41 @@
 # %% auto #0
 __all__ = ['GlobalMean']
 
-# %% ../nbs/13_distributed.ipynb #0e57b2c6
+# %% ../nbs/13_distributed.ipynb #c6cafa79
 from fastai.basics import *
-from fastai.callback.mixup import MixUp, CutMix
 import fastai.losses
-from .callback import _unmixed
+from .callback import _name, _unmixed
 from .kernels import global_mean, mean_denominator
+from .learner import SmoothedCrossEntropyFlat
+from .losses import *
 
-# %% ../nbs/13_distributed.ipynb #8ca73774
+# %% ../nbs/13_distributed.ipynb #7e5299df
+_served = (fastai.losses.CrossEntropyLossFlat, nn.CrossEntropyLoss, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, SmoothedCrossEntropyFlat)
+
 class GlobalMean(Callback):
     """Trains on the mean over the rows of all processes, where class weights or ignored rows make it another than the mean of their means.
 
-    For DDP, with any loss whose `weight` and `ignore_index` are as in `nn.CrossEntropyLoss`. One all-reduce of one number a training batch. Raises when a fit starts: a ValueError for
-    a reduction that is no mean, a TypeError for fastai's own label smoothing with class weights, which is the sum of two means over different things."""
-    order,run_valid = -55,False # after MultiLabelSmoothingCallback has made its leaf, before others scale the loss, or add to it
+    For DDP, and `CrossEntropyLossFlat`, `nn.CrossEntropyLoss` and the cross entropies of this package. One all-reduce of one number a training batch, and the loss is computed
+    twice. Raises when a fit starts: a TypeError for other losses (most are means over rows, of which all processes have as many), a ValueError for a reduction that is no
+    mean, and for a second one on the same Learner."""
+    order,run_valid = -55,False # before others scale the loss, or add to it
     def __init__(self,
-        group=None # The data-parallel process group (None: all processes)
+        group=None # The data-parallel process group (None: all processes); is not exported
     ): self.group = group
+
+    def __getstate__(self): return {**self.__dict__, 'group':None}
 
     def before_fit(self):
         loss = _unmixed(self.learn.loss_func)
-        if getattr(loss, 'reduction', 'mean') != 'mean': raise ValueError(f"GlobalMean needs reduction='mean', the loss has {loss.reduction!r}")
-        if isinstance(loss, fastai.losses.LabelSmoothingCrossEntropyFlat) and loss.func.weight is not None:
-            raise TypeError("GlobalMean can't serve fastai's LabelSmoothingCrossEntropyFlat with a weight: use fastai_smooth's")
+        if type(loss) not in _served: raise TypeError(f'GlobalMean serves {", ".join(o.__name__ for o in _served)} (exactly these, no subclasses), got {_name(loss)}')
+        if loss.reduction != 'mean': raise ValueError(f"GlobalMean needs reduction='mean', the loss has {loss.reduction!r}")
+        if len(self.learn._grab_cbs(GlobalMean)) > 1: raise ValueError('this Learner has two GlobalMeans: take one out with learn.remove_cb')
 
     def after_loss(self):
-        n = self._denominator()
-        self.learn.loss_grad = global_mean(self.learn.loss_grad*n, n, self.group)
-
-    def _denominator(self):
-        loss,targ = self.learn.loss_func,self.learn.y
-        mixed = _unmixed(loss) is not loss # their mean is over all rows, whatever the loss
-        if mixed or targ.is_floating_point() or targ.shape == self.learn.pred.shape: return targ.new_tensor(len(targ), dtype=torch.float)
+        loss = self.learn.loss_func
+        if _unmixed(loss) is not loss or self.learn.y.is_floating_point(): return # MixUp's mean, and that of soft labels, is over all rows
         f = getattr(loss, 'func', loss)
-        return mean_denominator(targ, getattr(f, 'weight', None), getattr(f, 'ignore_index', -100))
+        loss.reduction = 'sum'
+        try: total = loss(self.learn.pred, *self.learn.yb)
+        finally: loss.reduction = 'mean'
+        self.learn.loss_grad = global_mean(total, mean_denominator(self.learn.y, f.weight, f.ignore_index), self.group)

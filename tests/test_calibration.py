@@ -626,7 +626,7 @@ def test_accuracy_has_wilsons_interval():
 @pytest.mark.parametrize('level', [0, 1, 95])
 def test_levels_are_shares(level):
     for f in (bootstrap_interval, null_floor):
-        with pytest.raises(ValueError, match=f'between 0 and 1, got {level}'): f(nll, P3, Y3, level=level)
+        with pytest.raises(ValueError, match=rf'level must be in \(0, 1\), got {level}'): f(nll, P3, Y3, level=level)
 
 
 def test_names_of_metrics_tell_them_apart():

@@ -1,5 +1,5 @@
 "Two processes train, and measure, what one does with twice the batch."
-import contextlib, io
+import contextlib, io, pickle
 
 import pytest
 
@@ -7,6 +7,7 @@ pytest.importorskip('accelerate')
 import fastai.distributed   # noqa: F401  before the processes are forked
 from helpers import *
 from fastai_smooth.all import *
+from fastai_smooth.kernels.checks import _warn_flip
 from processes import fastai_on_cpu, in_processes, needs_fork
 
 import torch.distributed as dist
@@ -20,11 +21,12 @@ def interleaved(o):
     return torch.cat([t for ab in zip(a, b) for t in ab])
 
 
-def learner(loss_func, k=4, two=True, multi=False, junk=False, **kwargs):
+def learner(loss_func, k=4, two=True, multi=False, junk=False, half_muted=False, **kwargs):
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(N, 6, generator=g), torch.randn(6, k, generator=g)
     y = ((x @ w) > .5).float() if multi else (x @ w).argmax(1)
     if junk: y[torch.rand(N, generator=g) < torch.linspace(0, .9, N)] = -100   # most of them in the second process
+    if half_muted: y[:N//2] = 1   # of weight 0: the mean of the first process is nan
     if not two: x, y = interleaved(x), interleaved(y)
     bs = BS if two else 2*BS
     dls = DataLoaders(*[DataLoader(list(zip(x, y)), bs=bs, num_workers=0) for _ in range(2)], device=CPU)
@@ -43,7 +45,7 @@ LEARNERS = {
     'weights and ignored rows': lambda two: learner(weighted(), two=two, junk=True, cbs=GlobalMean()),
     'weights and ignored rows, the flag': lambda two: learner(CrossEntropyLossFlat(weight=W), two=two, junk=True, label_smoothing=.2, cbs=[GlobalMean(), GradientClip(.5)]),
     'weights, accumulated': lambda two: learner(weighted(), two=two, cbs=[GradientAccumulation(4*BS if two else 8*BS), GlobalMean()]),
-    'the callback with a global mean': lambda two: learner(BCEWithLogitsLossFlat(), two=two, multi=True, cbs=[GlobalMean(), MultiLabelSmoothingCallback(.1)]),
+    'muted': lambda two: learner(LabelSmoothingCrossEntropyFlat(.1, weight=torch.tensor([1., 0., 0., 1.])), two=two, half_muted=True, cbs=GlobalMean()),
     'local means': lambda two: learner(weighted(), two=two, junk=True),
 }
 
@@ -113,7 +115,34 @@ def test_global_mean_of_one_process():
 
 def test_global_mean_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="reduction='mean'"): learner(CrossEntropyLossFlat(reduction='sum'), cbs=GlobalMean()).fit(1)
-    with pytest.raises(TypeError, match="fastai_smooth's"): learner(fastai.losses.LabelSmoothingCrossEntropyFlat(weight=W), cbs=GlobalMean()).fit(1)
+    with pytest.raises(ValueError, match='two GlobalMeans'): learner(weighted(), cbs=[GlobalMean(), GlobalMean()]).fit(1)
+    for loss in (fastai.losses.LabelSmoothingCrossEntropyFlat(weight=W), FocalLossFlat(weight=W), partial(F.cross_entropy, weight=W), BCEWithLogitsLossFlat()):
+        with pytest.raises(TypeError, match='GlobalMean serves CrossEntropyLossFlat'): learner(loss, cbs=GlobalMean()).fit(1)
+
+
+def test_global_mean_is_exported_without_its_group():
+    cb = GlobalMean(group=lambda: None)   # what can't be pickled
+    assert pickle.loads(pickle.dumps(cb)).group is None and cb.group is not None
+
+
+def test_global_mean_of_half_precision():
+    "the denominator is added up in float32, where float16 has no such number and bfloat16 a rounded one"
+    torch.testing.assert_close(global_mean(torch.tensor(6e4).half(), torch.tensor(1e5)), torch.tensor(.6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(global_mean(torch.tensor(1000.).bfloat16(), 257), torch.tensor(1000 / 257))
+
+
+@pytest.mark.parametrize('what,call', [
+    ('loss_sum', lambda: global_mean(3., 1)), ('loss_sum', lambda: global_mean(torch.ones(2), 1)), ('denominator', lambda: global_mean(torch.tensor(1.), 'a')),
+    ('denominator', lambda: global_mean(torch.tensor(1.), torch.ones(2))), ('target', lambda: mean_denominator([1, 2])), ('ignore_index', lambda: mean_denominator(torch.tensor([1]), None, 'a')),
+    ('class index -1', lambda: mean_denominator(torch.tensor([-1]), W)), ('class index 4', lambda: mean_denominator(torch.tensor([4]), W))])
+def test_global_mean_bad_input(what, call):
+    with pytest.raises((TypeError, ValueError, IndexError), match=what): call()
+
+
+def test_global_mean_compiles():
+    step = lambda x, y: global_mean(smooth_cross_entropy(x, y, .1, weight=W, reduction='sum'), mean_denominator(y, W))
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, -100, 3, 2, 2])
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend='aot_eager')(x, y), step(x, y))
 
 
 @pytest.mark.parametrize('cbs', [(), (MixUp,), (CutMix,)])
@@ -133,6 +162,7 @@ def test_global_mean_changes_nothing_in_one_process(cbs):
 def printed():
     "What a process prints and warns of, in a fit with all that is ours"
     fastai_on_cpu()
+    _warn_flip.cache_clear()   # it is given once in a process, and this one is a fork
     out = io.StringIO()
     with warnings.catch_warnings(record=True) as seen, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         warnings.simplefilter('always')

@@ -19,8 +19,8 @@ def check_whole(name, v, low=-2**63, high=2**63 - 1):
     try: n = v if type(v) is int or isinstance(v, torch.SymInt) else operator.index(v)
     except (TypeError, RuntimeError): n = None
     if n is None or isinstance(v, bool) or not low <= n <= high:
-        least = '' if low < -1 else f' of {low} or more'
-        raise (ValueError if isinstance(v, Real) else TypeError)(f"{name} must be a whole number{least}, got {v!r}")
+        bounds = ('' if low < -1 else f' of {low} or more') + ('' if high >= 2**63 - 1 else f', {high} at most')
+        raise (ValueError if isinstance(v, Real) else TypeError)(f"{name} must be a whole number{bounds}, got {v!r}")
     return n
 
 def check_number(name, v, low=-math.inf, high=math.inf, strictly=False):
@@ -83,13 +83,17 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
             raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
 
 def check_factors(**factors):
-    "Weights, of whatever shape, are not negative, and neither they nor their sums leave the range of float32."
+    "Weights, of whatever shape, are finite and not negative; and the largest is of a size that sums and products of float32 can take."
     for name, v in factors.items():
         if v is None: continue
         check_dense(name, v)
         check_values(name, v)
-        bad = ~((v == 0) | (v.double() > 1e-36) & (v.double() < 1e36))
-        if bool(bad.any()): raise ValueError(f"{name} must be finite and not negative, and 0 or between 1e-36 and 1e36, got {v[bad].flatten()[0].item():g}")
+        if not v.numel(): continue
+        low, high = (o.item() for o in v.aminmax())
+        if not (low >= 0 and high < math.inf):
+            bad = v[~((v >= 0) & (v < math.inf))]
+            raise ValueError(f"{name} must be finite and not negative, got {bad.flatten()[0].item():g}")
+        if high and not 1e-30 < high < 1e30: raise ValueError(f"{name} must have its largest value between 1e-30 and 1e30 (or be 0), got {high:g}: scale it")
 
 def check_smoothing(s: Smoothing, num_classes=None, weight=None, values=True) -> Smoothing:
     """`s` with its eps as a float or tensor, after all checks that need no targets.

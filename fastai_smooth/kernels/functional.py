@@ -113,7 +113,8 @@ def smooth_cross_entropy(
     smoothing and no gradient. Neither transposes nor copies logits, whatever their layout, and changes no input.
 
     Logits may be a DTensor with its classes sharded along one mesh dimension: then `target` is of class indices, `weight` and `prior`
-    have all classes, the loss is a plain tensor, the same on all ranks, and 3 numbers a row are moved. (Torch 2.5 or later.)
+    have all classes, the loss is a plain tensor, the same on all ranks, and 3 numbers a row are moved (11 where classes
+    are masked). It has no second derivative. (Torch 2.5 or later.)
 
     Raises ValueError for options out of range or that do not go together, and for targets of another shape; IndexError
     for a class index out of range on the CPU (on CUDA the loss is nan: looking would stall the GPU).

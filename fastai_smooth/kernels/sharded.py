@@ -56,7 +56,10 @@ def sharded_loss(x, job: Job, reduction: str) -> Tensor:
     dim, placements, mesh = class_dim(x, job.axis), row_placements(x, job.axis), x.device_mesh
     job = looked_up(Job(local_rows(job.target, mesh, placements), True, job.smoothing, job.axis, job.weight, job.ignore_index), x, torch.compiler.is_compiling())
     size = -(-x.shape[job.axis] // mesh.size(dim))  # of all shards but the last ones, as torch.chunk has it
-    rows, w = local_losses(x.to_local(), job, x.shape[job.axis], size * mesh.get_local_rank(dim), mesh.get_group(dim).group_name)
+    local, k, low = x.to_local(), x.shape[job.axis], size * mesh.get_local_rank(dim)
+    if local.shape[job.axis] != max(0, min(size, k - low)):
+        raise ValueError(f"input must have its {k} classes in shards of {size}, as torch.chunk makes them, got one of {local.shape[job.axis]}")
+    rows, w = local_losses(local, job, k, low, mesh.get_group(dim).group_name)
     return assembled(rows, w, job, reduction, mesh, placements, x.shape[:job.axis] + x.shape[job.axis + 1:])
 
 def local_losses(x: Tensor, job: Job, k: int, low: int, group: str):
@@ -80,7 +83,7 @@ def assembled(rows, w, job, reduction, mesh, placements, shape):
     split = [d for d, p in enumerate(placements) if p.is_shard()]
     if reduction == 'none':
         return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=rows.new_empty(shape, device='meta').stride()).full_tensor() if split else rows
-    left = rows.new_tensor(rows.numel()) if job.ignored is None else (~job.ignored).sum()
+    left = rows.new_full((), rows.numel()) if job.ignored is None else (~job.ignored).sum()
     sums = torch.stack([rows.sum(), w.sum(), left.to(rows.dtype)])
     if split:
         sums = DTensor.from_local(sums, mesh, [Partial() if d in split else p for d, p in enumerate(placements)], run_check=False).full_tensor()

@@ -66,7 +66,7 @@ class IndexTerms(NamedTuple):
     def exact(self, loss, log_p, x_y=None, shared=None):
         "False where p_y was too small, where the smooth part is the difference of two much larger terms, or a class is masked."
         if not log_p.min().item() >= least_log(log_p.dtype): return False  # nan, too
-        return x_y is None or bool((self.e * (x_y.abs() + self.with_c(shared).abs()) - 4 * loss <= 0).all())  # nor for inf - inf
+        return x_y is None or bool((self.e * (self.mass * x_y.abs() + self.with_c(shared).abs()) - 4 * loss <= 0).all())  # nor for inf - inf
 
     def grad_terms(self, scale):
         "k, e and own of the gradient times `scale` (a number, or one a row): it is k * softmax + e * c + own * onehot(y)."
