@@ -21,15 +21,15 @@ needs_ptxas = pytest.mark.skipif(sys.platform != 'linux', reason='Triton compile
 
 # ---------------------------------------------------------------- the torch implementation's tests, interpreted
 
-PARITY = 'test_torch_features.py', 'test_triton_kernels.py', 'test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py', 'test_losses.py'
+PARITY = 'test_torch_features.py test_triton_kernels.py', 'test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py', 'test_losses.py'
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('file', PARITY)
-def test_parity_suite_interpreted(file):
+@pytest.mark.parametrize('files', PARITY)
+def test_parity_suite_interpreted(files):
     "every test of the torch implementation that says something about a kernel, on the Triton one; hardly anything falls back"
     env = os.environ | dict(TRITON_INTERPRET='1', SMOOTH_TEST_BACKEND='triton', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    ended = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-W', 'ignore::RuntimeWarning', file], cwd=HERE, env=env,
+    ended = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-W', 'ignore::RuntimeWarning', *files.split()], cwd=HERE, env=env,
                            capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
     by_triton, by_torch = map(int, re.search(r'losses computed by Triton: (\d+), by torch: (\d+)', ended.stdout).groups())

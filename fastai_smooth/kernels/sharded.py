@@ -15,7 +15,7 @@ from .targets import along, effective_eps
 def is_sharded(x) -> bool:
     "Is `x` a DTensor? Whoever has one has imported them, which takes half a second."
     tensors = sys.modules.get('torch.distributed.tensor')
-    return tensors is not None and isinstance(x, tensors.DTensor)
+    return hasattr(tensors, 'DTensor') and isinstance(x, tensors.DTensor)  # torch 2.4 has the module without it
 
 def check_options(**options):
     "Options have a value for each class, the same on all ranks."
