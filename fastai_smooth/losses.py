@@ -106,7 +106,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
         values = not K.tracing(*(v for v in self.buffers()))
         if prior is not None: check_prior(self.prior, sigmoid=True, values=values)
-        if values: check_factors(weight=self.weight, pos_weight=self.pos_weight)
+        check_factors(values, weight=self.weight, pos_weight=self.pos_weight)
         check_number('thresh', thresh)
         self.eps,self.thresh = eps,thresh
 

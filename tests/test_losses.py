@@ -5,6 +5,7 @@ import cloudpickle, fastai.losses as fastai_losses, pytest, torch, torch.nn.func
 from fastai.basics import TensorBase, TensorCategory, TensorImage, TensorMultiCategory
 from fastai.layers import NoneReduce
 from torch import nn, tensor
+from torch._subclasses import FakeTensorMode
 
 from fastai_smooth.kernels import checks
 from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
@@ -689,3 +690,9 @@ def test_eps_of_one_call_is_checked():
 def test_a_list_where_a_tensor_belongs(name):
     from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as f
     with pytest.raises(TypeError, match=name): f(torch.randn(2, 3), torch.ones(2, 3), **{name: [.5, .5, .5]})
+
+
+@pytest.mark.parametrize('option', ['weight', 'pos_weight'])
+def test_complex_weights_are_refused_where_nothing_has_values(option):
+    with FakeTensorMode(), pytest.raises(TypeError, match=f'^{option} must be of real numbers'):
+        LabelSmoothingBCEWithLogits(**{option: torch.ones(3, dtype=torch.complex64)})

@@ -82,11 +82,12 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
             worst = total.flatten()[(total - 1).abs().argmax()].item()
             raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
 
-def check_factors(**factors):
+def check_factors(values=True, /, **factors):
     "Weights, of whatever shape, are finite and not negative; and the largest is of a size that sums and products of float32 can take."
     for name, v in factors.items():
         if v is None: continue
         check_dense(name, v)
+        if not values: continue
         check_values(name, v)
         if not v.numel(): continue
         low, high = (o.item() for o in v.aminmax())
