@@ -300,8 +300,8 @@ def null_floor(
     _check_level(level)
     check_whole('n_draws', n_draws, 1)
     _averaged(torch.zeros(1), average) # is it known?
-    if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
     n,group = min(n_draws, max(20, 10**8 // probs.numel())),_numbered(groups, len(probs))
+    if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
     draw,p = (_drawn_classes,probs.cumsum(1)) if task == 'classes' else (_drawn,probs)
     values = torch.stack([_value(m, (probs, draw(p, *group, gen), task), average) for _ in range(n)])
     return values.mean(0),values.quantile(level, 0)

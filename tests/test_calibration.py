@@ -928,3 +928,7 @@ def test_two_processes_measure_what_one_does():
     from fastai import distributed   # noqa: F401  before the fork
     one = shared_learner().validate()[1:]
     for values in in_processes(2, ranked): near(values, one, atol=1e-6)
+
+
+def test_null_floor_checks_groups_also_where_training_diverged():
+    with pytest.raises(ValueError, match='groups must'): null_floor(nll, torch.tensor([math.nan]), torch.tensor([0]), groups=torch.tensor([]))

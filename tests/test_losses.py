@@ -7,7 +7,7 @@ from fastai.layers import NoneReduce
 from torch import nn, tensor
 from torch._subclasses import FakeTensorMode
 
-from fastai_smooth.kernels import checks
+from fastai_smooth.kernels import checks, smooth_binary_cross_entropy_with_logits
 from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat)
 
@@ -696,3 +696,5 @@ def test_a_list_where_a_tensor_belongs(name):
 def test_complex_weights_are_refused_where_nothing_has_values(option):
     with FakeTensorMode(), pytest.raises(TypeError, match=f'^{option} must be of real numbers'):
         LabelSmoothingBCEWithLogits(**{option: torch.ones(3, dtype=torch.complex64)})
+    with FakeTensorMode(), pytest.raises(TypeError, match=f'^{option} must be of real numbers'):
+        smooth_binary_cross_entropy_with_logits(torch.randn(2, 3), torch.rand(2, 3), **{option: torch.ones(3, dtype=torch.complex64)})

@@ -38,7 +38,7 @@ def fused_for(backend, x):
     return heads
 
 def smooth_targets(
-    target,                     # Class indices (any integer dtype), or labels with classes along the last axis
+    target,                     # Class indices of shape (...), any integer dtype; or labels of shape (...,K)
     num_classes: int = None,    # K; needed for class indices, checked against the last axis otherwise
     eps = None,                 # Smoothing, in [0,1] (default .1); with `sigmoid` in [0,.5] (default .05); or Tensor[K]
     *,
@@ -47,11 +47,16 @@ def smooth_targets(
     multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
     sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
 ) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new last axis of K
-    """The smoothed target q itself, dense.
+    """The smoothed target q itself, dense: (1-eps)*y + eps*u, and with `sigmoid` (1-2*eps)*y + 2*eps*u.
 
-    Class indices of shape (...) give q of shape (..., K); labels of shape (..., K) keep it: floating ones (one-hot or
-    soft), and with `multi_hot` or `sigmoid` bool and integer ones. Raises ValueError for options that do not go
-    together or are out of range, IndexError for a class index outside [0, K).
+    Class indices of shape (...) give q of shape (...,K); labels of shape (...,K) keep it: floating ones (one-hot or
+    soft), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is 1/K, and with
+    `sigmoid` 1/2.
+
+    Raises ValueError for options that do not go together or are out of range, TypeError for what is no tensor of real
+    numbers or of a dtype that the options do not go with, IndexError for a class index outside [0, K).
+
+    Source: Szegedy et al. 2016, arXiv:1512.00567, section 7; kernels/targets.py has the formula.
 
     >>> smooth_targets([1., 0., 0.], eps=.1)
     tensor([0.9333, 0.0333, 0.0333])
@@ -105,7 +110,7 @@ def smooth_cross_entropy(
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
     axis: int = 1,              # Of the classes in `input`
     backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
-) -> Tensor: # A float32 scalar (float64 for float64 logits), or a value a row, shaped like class indices would be
+) -> Tensor: # In nats: a float32 scalar (float64 for float64 logits), or a value a row, shaped like class indices would be
     """Cross entropy of logits against smoothed targets: `F.cross_entropy(label_smoothing=eps)`, and its relatives.
 
     Equals PyTorch's wherever that is finite. Beyond it: a prior, `spread`, `multi_hot` and per-class eps; float32
@@ -116,8 +121,10 @@ def smooth_cross_entropy(
     have all classes, the loss is a plain tensor, the same on all ranks, and 3 numbers a row are moved (11 where classes
     are masked). It has no second derivative. (Torch 2.5 or later.)
 
-    Raises ValueError for options out of range or that do not go together, and for targets of another shape; IndexError
-    for a class index out of range on the CPU (on CUDA the loss is nan: looking would stall the GPU).
+    Raises ValueError for options out of range or that do not go together, and for targets of another shape; TypeError
+    for what is no tensor, or of a dtype that can't be logits, targets or options; IndexError for `axis`, and for a class
+    index out of range on the CPU (on CUDA the loss is nan: looking would stall the GPU); ImportError for
+    `backend='triton'` where that is not installed.
 
     Source: Szegedy et al. 2016, arXiv:1512.00567, section 7; `spread='others'`: Müller et al. 2019, arXiv:1906.02629."""
     return cross_entropy(input, target, Smoothing(eps, prior, spread, multi_hot), weight, ignore_index, reduction, axis, backend)
@@ -132,12 +139,16 @@ def smooth_binary_cross_entropy_with_logits(
     pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
     backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
-) -> Tensor: # A float32 scalar (float64 for float64 logits), or a value a logit
+) -> Tensor: # In nats: a float32 scalar (float64 for float64 logits), or a value a logit
     """Binary cross entropy of logits against smoothed labels, for multi-label targets. Keras' `label_smoothing` is 2 eps.
 
     Equals `F.binary_cross_entropy_with_logits(input, smooth_targets(target, eps=eps, sigmoid=True))`, in float32 for half
-    precision and without the smoothed tensor; 0. for an empty batch. Raises ValueError for options out of range, and for
-    targets of another shape than `input`."""
+    precision and without the smoothed tensor; 0. for an empty batch.
+
+    Raises ValueError for options out of range, and for targets of another shape than `input`; TypeError for what is no
+    tensor of real numbers; ImportError for `backend='triton'` where that is not installed.
+
+    Source: Szegedy et al. 2016, arXiv:1512.00567, for each label with its two classes; Keras' `BinaryCrossentropy`."""
     return binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend)
 
 # --- what the modules call: `checked` options had their values looked at when the module was built --------------------
@@ -179,9 +190,9 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     eps, traced = check_eps(eps, .5), tracing(x, target)
     if prior is weight is pos_weight is None: labels = sigmoid.Labels(target, eps)
     else:
-        if not (checked or traced or x.device.type != 'cpu'): check_factors(weight=weight, pos_weight=pos_weight)
-        if prior is not None:
-            check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=not (checked or traced or x.device.type != 'cpu'))
+        values = not (checked or traced or x.device.type != 'cpu')
+        check_factors(values, weight=weight, pos_weight=pos_weight)
+        if prior is not None: check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=values)
         spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
         labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
     others = needs_grad(target, prior, weight, pos_weight)
