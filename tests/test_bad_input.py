@@ -33,7 +33,7 @@ from fastai_smooth.temperature import cross_fitted
 from fastai_smooth.tune import noise_estimate
 
 NAN, INF = math.nan, math.inf
-ERRORS = TypeError, ValueError, IndexError, NotImplementedError
+ERRORS = TypeError, ValueError, IndexError, NotImplementedError, ImportError   # the last for a Triton that is too old
 RECORD = Path(__file__).with_name('bad_input.json')
 TIMES = 20   # as many examples in the long run
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -254,7 +254,7 @@ def elsewhere(name):
 
 def a_class_each(a):
     "The options that have a value a class: which of them has the wrong number?"
-    return [o for o in ('eps', 'prior', 'weight') if isinstance(a.get(o), Tensor) and a[o].numel() != 1] or ['eps', 'prior', 'weight']
+    return [o for o in ('eps', 'prior', 'weight') if isinstance(a.get(o), Tensor) and a[o].dim()] or ['eps', 'prior', 'weight']
 
 def vector_faults(name, high=INF, sums=False):
     "What can be wrong with an optional tensor of one value a class, whose values are looked at in eager on the CPU"
@@ -1591,11 +1591,11 @@ def test_long_run():
     print(f'SMOOTH_TEST_SEED={seed}')
     COUNTS.clear(), REACHED.clear()
     for name, s in SUBJECTS.items():
-        try: run(name, s.examples*TIMES, seed)
+        try:
+            for i in range(s.examples*TIMES//10): run(name, 10, f'{seed} {i}')   # hypothesis varies what it has, and draws little anew: begin again
+            while min(made(name).values()) < 3: run(name, 10, f'{seed} {(i := i+1)}')
         except Exception as e: failures.append('\n'.join(map(str, [e, *getattr(e, '__notes__', [])])))
     assert not failures, f'SMOOTH_TEST_SEED={seed}\n' + '\n\n'.join(failures)
-    seldom = {f'{name}, {o}': n for name in SUBJECTS for o, n in made(name).items() if n < 3}
-    assert not seldom, f'changes that were made less than three times: {seldom}'
     versions = {o: importlib.metadata.version(o) for o in ('torch', 'fastai', 'fastai_smooth', 'hypothesis', 'numpy')}
     RECORD.write_text(json.dumps(dict(date=str(datetime.date.today()), versions=versions | {'python': platform.python_version()}, seed=seed,
                                       examples=sum(map(Counter.total, COUNTS.values())), failures=0,

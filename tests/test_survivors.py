@@ -62,3 +62,15 @@ def test_global_mean_asks_others_in_training_alone(monkeypatch):
     monkeypatch.setattr(fastai_smooth.distributed, 'global_mean', lambda loss_sum, n, group: asked.append(n.item()) or loss_sum / n)
     tensor_learner(dls, mlp(k=4), CrossEntropyLossFlat(), cbs=GlobalMean()).fit(1)
     assert asked == [16]*len(dls.train) and len(dls.valid)
+
+
+@pytest.mark.parametrize('first', [True, False], ids=['added first', 'added last'])
+def test_global_mean_keeps_what_others_make_of_the_loss(first):
+    "One process, whose mean it is: gradient accumulation divides what it puts there"
+    def trained(*cbs):
+        set_seed(1)
+        learn = tensor_learner(single_dls(bs=4), mlp(k=4), LabelSmoothingCrossEntropyFlat(.1, weight=torch.tensor([.2, 1, 3, .5])), cbs=list(cbs), opt_func=SGD)
+        learn.fit(1, .1)
+        return weights(learn)
+    pair = [GlobalMean(), GradientAccumulation(8)]
+    assert distance(trained(*(pair if first else pair[::-1])), trained(GradientAccumulation(8))) < 1e-6 < 1e-3 < distance(trained(GradientAccumulation(8)), trained())
