@@ -480,7 +480,7 @@ def out_of_range(pick, a):
     "A class index that there is not"
     t = a.tensor('target')
     need(a.kind == 'index' and t.numel() and not a.abstract and t.dtype == torch.int64)
-    t = plain(t)
+    t = plain(t).clone(memory_format=torch.contiguous_format)
     t.view(-1)[pick(range(t.numel()))] = pick([v for v in (a.k, a.k+7, -1, -2**62, 2**40, 2**62) if v != a.get('ignore_index')])
     a['target'] = t
     return 'class index',

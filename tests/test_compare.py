@@ -2,6 +2,8 @@
 exit code 2 before any training; that Ctrl-C keeps what is finished."""
 import math, os, re, signal, struct, subprocess, sys, time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np, pandas as pd, pytest, torch
@@ -15,6 +17,7 @@ from fastai_smooth import compare as cmp
 from fastai_smooth.calibration import calibration_error, reliability
 from fastai_smooth.images import *
 from fastai_smooth.compare import *
+from fastai_smooth.compare import load_images
 
 DIGITS = digits()
 TINY = dict(arch='squeezenet1_1', epochs=1, bs=8, progress=False)
@@ -587,3 +590,7 @@ def test_out_that_holds_a_folder_of_the_same_name(tmp_path, capsys, no_training)
     assert cmp.main(['--out', str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and str(tmp_path) in err
+
+
+def test_out_that_no_folder_can_have_is_named_beside_data_too(tmp_path):
+    with pytest.raises(BadInput, match='^--out'): load_images(SimpleNamespace(data=str(tmp_path), out=Path('a\0b'), root=None, download=False))
