@@ -74,3 +74,15 @@ def test_global_mean_keeps_what_others_make_of_the_loss(first):
         return weights(learn)
     pair = [GlobalMean(), GradientAccumulation(8)]
     assert distance(trained(*(pair if first else pair[::-1])), trained(GradientAccumulation(8))) < 1e-6 < 1e-3 < distance(trained(GradientAccumulation(8)), trained())
+
+
+def test_a_row_of_a_class_conditional_prior_sums_to_1():
+    with pytest.raises(ValueError, match='^every row of prior must sum to 1, got 2'): smooth_targets(torch.tensor([0]), 2, prior=torch.tensor([[.5, .5], [1, 1]]))
+
+
+def test_one_row_larger_than_a_piece():
+    x, y = torch.randn(1, 300_000), torch.tensor([7])
+    assert distance(smooth_cross_entropy(x, y), torch.nn.functional.cross_entropy(x.double(), y, label_smoothing=.1)) < 1e-6
+    x.requires_grad_()
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(x.double(), y, label_smoothing=.1), x)[0]
+    assert distance(torch.autograd.grad(smooth_cross_entropy(x, y), x)[0], expected) < 1e-6
