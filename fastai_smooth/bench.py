@@ -12,7 +12,7 @@ __all__ = ['SHAPES', 'HALF', 'QUICK', 'EPS', 'SIGMOID_EPS', 'SCALE', 'TOLERANCE'
 import argparse, gc, importlib.util, json, math, os, platform, random, re, statistics, sys, time, warnings
 from datetime import date
 from functools import partial
-from typing import NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler, which measures memory, would chat on stderr
 import torch
@@ -22,16 +22,19 @@ from .kernels import smooth_binary_cross_entropy_with_logits, smooth_cross_entro
 
 # %% ../nbs/12_bench.ipynb #2d7da548
 class Case(NamedTuple):
-    "What is measured: `head` 'softmax' or 'sigmoid', the shape of the logits with classes along axis 1, and their dtype."
-    head:str
-    shape:tuple
-    dtype:torch.dtype = torch.float32
+    "What is measured."
+    head:str                           # 'softmax' or 'sigmoid'
+    shape:tuple                        # Of the logits, with classes along axis 1
+    dtype:torch.dtype = torch.float32  # Theirs
 
     def __str__(self): return f"{'sigmoid:' if self.head=='sigmoid' else ''}{'x'.join(map(str, self.shape))} {str(self.dtype)[6:]}"
 
     @classmethod
-    def parse(cls, s, dtype=torch.float32):
-        "The case written as 512x1000 or sigmoid:256x1000."
+    def parse(cls,
+        s:str, # Such as 512x1000 or sigmoid:256x1000
+        dtype:torch.dtype=torch.float32 # Of the logits
+    ) -> 'Case':
+        "The case that is written so. Raises a ValueError for what is no shape of two axes or more, or has one class."
         head,_,shape = s.rpartition(':')
         if head not in ('', 'softmax', 'sigmoid') or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)+', shape):
             raise ValueError(f'{s} is no shape such as 512x1000, 8x21x256x256 or sigmoid:256x1000')
@@ -50,8 +53,8 @@ EPS,SIGMOID_EPS = .1,.05
 def make_input(
     case:Case, # what for
     device:str='cpu', # 'cpu' or 'cuda'
-):
-    "Logits that want a gradient, and targets: class indices, or uint8 labels of which a tenth are on."
+) -> tuple: # logits, targets
+    "Logits shaped like the case that want a gradient, and targets: class indices, or uint8 labels of which a tenth are on."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x = (torch.randn(case.shape)*3).to(device, case.dtype).requires_grad_()
@@ -70,7 +73,7 @@ def contenders(
     device:str='cpu', # 'cpu' or 'cuda'
     compiled:bool=True, # torch.compile the peers too?
     backend:str='auto', # of ours; beside 'triton', the torch implementation is a peer
-):
+) -> tuple: # two dicts
     "The losses to compare, a dict of name to function of logits and targets; and why others are left out, also by name."
     res,out,softmax = {},{},case.head == 'softmax'
     ours = partial(smooth_cross_entropy, eps=EPS) if softmax else partial(smooth_binary_cross_entropy_with_logits, eps=SIGMOID_EPS)
@@ -107,7 +110,12 @@ def _add_flat(res, case, backend):
         res['fastai Flat'] = lambda x,y: flat(x, _smooth(y, x))
 
 # %% ../nbs/12_bench.ipynb #841d1080
-def truth(case, name, x, y):
+def truth(
+    case:Case, # what is measured
+    name:str, # of a contender
+    x:torch.Tensor, # logits, of the shape of `case`
+    y:torch.Tensor, # their targets: class indices without axis 1, or labels shaped like `x`
+) -> tuple: # loss, in nats; gradient, shaped like `x`
     "What the loss called `name` and its gradient should be: PyTorch's, in float64."
     d = x.detach().double().requires_grad_()
     if case.head == 'sigmoid': loss = _eager(d, y)
@@ -120,7 +128,7 @@ def error(
     loss:torch.Tensor, # a scalar
     grad:torch.Tensor, # shaped like the logits
     expected:tuple, # what `truth` gives
-):
+) -> float: # a fraction: 0 is exact
     "The relative errors of loss and gradient, added up; the latter in the norm over all logits."
     (l,g),g1 = expected,grad
     return abs(loss.item()-l.item())/l.abs().item() + ((g1-g).norm()/g.norm()).item() # a sum: nan in one is nan
@@ -128,7 +136,10 @@ def error(
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 # %% ../nbs/12_bench.ipynb #8fda5105
-def timed(f, device):
+def timed(
+    f:Callable, # of nothing
+    device:str, # 'cpu' or 'cuda'
+) -> tuple: # seconds on the device, seconds of the host
     "Seconds that `f()` takes on the device, and until it returns."
     if device == 'cpu':
         start = time.perf_counter()
@@ -146,11 +157,11 @@ def timed(f, device):
 
 def in_rounds(
     fs:dict, # name to function of nothing
-    seconds:float, # to go on for, after a warm-up
+    seconds:float, # seconds to go on for, after a warm-up
     device:str='cpu', # 'cpu' or 'cuda'
     least:int=7, # rounds, however long they take
-):
-    "Times of each, a list with one (device, host) pair a round: rounds run all, in a new random order each."
+) -> dict: # name -> list of what `timed` gives
+    "Times of each in seconds, a list with one (device, host) pair a round: rounds run all, in a new random order each."
     for f in fs.values():
         for _ in range(3): f()
     res,names,shuffle = {k:[] for k in fs},list(fs),random.Random(0).shuffle
@@ -164,17 +175,26 @@ def in_rounds(
     finally: gc.enable()
     return res
 
-def quartiles(xs):
+def quartiles(
+    xs:list, # two numbers or more
+) -> tuple: # in the unit of `xs`
     "Median, first and third quartile."
     q1,q2,q3 = statistics.quantiles(xs, n=4, method='inclusive')
     return q2,q1,q3
 
-def ratio(a, b):
+def ratio(
+    a:list, # of (device, host) pairs, as `in_rounds` gives
+    b:list, # the same of another
+) -> tuple: # median, first and third quartile
     "How many times as long as `b`, round by round, `a` takes: `quartiles`."
     return quartiles([o/p for (o,_),(p,_) in zip(a, b)])
 
 # %% ../nbs/12_bench.ipynb #7c4cea04
-def peak_memory(f, device, leaf=None):
+def peak_memory(
+    f:Callable, # of nothing
+    device:str, # 'cpu' or 'cuda'
+    leaf:torch.Tensor=None, # of any shape: its gradient is dropped before
+) -> int: # bytes
     "The most bytes that `f()` has allocated and not freed at any time. It starts with no gradient in `leaf`."
     f()
     if leaf is not None: leaf.grad = None
@@ -192,7 +212,12 @@ def peak_memory(f, device, leaf=None):
     return peak
 
 # %% ../nbs/12_bench.ipynb #87ad4568
-def forward_backward(loss_func, leaf, x, y):
+def forward_backward(
+    loss_func:Callable, # of logits and targets, to a scalar
+    leaf:torch.Tensor, # shaped like the logits: gets the gradient
+    x:torch.Tensor, # logits of any shape, made of `leaf`
+    y:torch.Tensor, # their targets, shaped like `loss_func` wants them
+) -> Callable:
     "A function of nothing that runs `loss_func(x, y)` and its backward, down to `leaf`."
     def step():
         leaf.grad = None
@@ -206,8 +231,14 @@ def _arguments(name, x, y):
     from fastai.torch_core import TensorBase
     return x, x.as_subclass(TensorBase), y.as_subclass(TensorBase)
 
-def steps(case, device, compiled=True, backend='auto'):
-    "Functions of nothing, by name: forward and backward, and forward, on the same input. And why others are left out."
+def steps(
+    case:Case, # what is measured
+    device:str, # 'cpu' or 'cuda'
+    compiled:bool=True, # torch.compile the peers too?
+    backend:str='auto', # of ours
+) -> tuple: # logits, dict of (step, forward), dict of reasons
+    """Functions of nothing, by name: forward and backward, and forward, on the same input. And why others are left out. Raises an
+    AssertionError where ours is not what PyTorch gives in float64, and what ours raises."""
     x,y = make_input(case, device)
     fs,out = contenders(case, device, compiled, backend)
     res,expected = {},{}
@@ -225,7 +256,11 @@ def steps(case, device, compiled=True, backend='auto'):
         else: out[name] = f'wrong by {e:.2g}' if isinstance(e, float) else e
     return x,res,out
 
-def back_to_back(fs, seconds, calls=50):
+def back_to_back(
+    fs:dict, # as of `steps`
+    seconds:float, # seconds to go on for
+    calls:int=50, # number of calls in a turn
+) -> dict:
     "Times as of `in_rounds`, but that a turn is that many calls of one, of which the mean counts."
     def turn(step):
         def f():
@@ -240,12 +275,13 @@ PAIRS = {'fastai Flat': 'ours Flat'} # who is compared to whom; the others to ou
 def measure(
     case:Case, # what to measure
     device:str='cpu', # 'cpu' or 'cuda'
-    seconds:float=3., # to go on for
+    seconds:float=3., # seconds to go on for
     compiled:bool=True, # torch.compile the peers too?
     backend:str='auto', # of ours
-):
-    """One dict a contender, ready for JSON: `ms` (median, quartiles), `vs_ours` (how many times as long as ours; Flat beside
-    Flat), `of_copy` (time of a copy of the logits over its own), `memory` and `memory_no_grad` (in units of the logits), `host_us` and `host_vs_ours`."""
+) -> tuple: # list of dicts, and why others are left out
+    """One dict a contender, ready for JSON: `ms` (milliseconds: median, quartiles), `vs_ours` (how many times as long as ours; Flat beside
+    Flat), `of_copy` (time of a copy of the logits over its own), `memory` and `memory_no_grad` (in units of the logits), `host_us`
+    (microseconds) and `host_vs_ours`. Raises what `steps` raises."""
     torch._dynamo.reset()
     x,fs,out = steps(case, device, compiled, backend)
     buffer,source = torch.empty_like(x.detach()),x.detach()
@@ -269,7 +305,7 @@ COLUMNS = '{:<15}{:>10}{:>9}{:>15}{:>9}{:>9}{:>9}{:>9}'
 
 def table(
     rows:list, # what `measure` gives
-):
+) -> str:
     "The rows of one case as text."
     lines = [COLUMNS.format(rows[0]['case'].split()[0][:15], 'ms', '/ ours', '[quartiles]', 'of copy', 'memory', 'no grad', 'host us')]
     def cell(v, form): return '' if v is None else form.format(v)
@@ -284,8 +320,8 @@ def learner_steps(
     rounds:int=50, # epochs of each Learner, in turn
     batches:int=2, # of 64 images of 32 x 32 pixels, in an epoch
     device:str='cpu', # 'cpu' or 'cuda'
-):
-    "Rows as of `measure`, of whole training steps: one batch, from before_batch to after_batch."
+) -> list: # of dicts
+    "Rows as of `measure`, `ms` in milliseconds, of whole training steps: one batch, from before_batch to after_batch."
     from fastai.losses import BCEWithLogitsLossFlat,LabelSmoothingCrossEntropyFlat
     from fastai.vision.all import Callback,DataLoader,DataLoaders,Learner,TensorCategory,TensorImage,TensorMultiCategory,xresnet18
     from fastai_smooth import losses
@@ -328,8 +364,10 @@ def learner_steps(
     return [dict(case='step', name=k, rounds=len(ts), ms=[1000*o for o in quartiles([t for t,_ in ts])],
                  vs_ours=ratio(ts, times[base.get(k, 'ours Flat')]), vs=base.get(k, 'ours Flat')) for k,ts in times.items()]
 
-def step_table(rows):
-    "What `learner_steps` gives, as text."
+def step_table(
+    rows:list, # what `learner_steps` gives
+) -> str:
+    "The steps as text, times in ms."
     lines = ['{:<26}{:>9}{:>8}  {:<15}  {}'.format('step of a Learner', 'ms', 'ratio', '[quartiles]', 'to')]
     for r in rows:
         m,a,b = r['vs_ours']
@@ -340,10 +378,10 @@ def step_table(rows):
 def growth(
     classes=(1000, 3162, 10000, 31623, 100000), # how many, in turn
     logits:int=2**22, # in all
-    seconds:float=1., # for each
+    seconds:float=1., # seconds for each
     device:str='cpu', # 'cpu' or 'cuda'
-):
-    "Nanoseconds a logit, by name of contender, and for each of `classes`: forward and backward."
+) -> dict: # name -> list
+    "Nanoseconds a logit, by name of contender, and for each of `classes`: forward and backward. Raises what `steps` raises."
     res = {}
     for i,k in enumerate(classes):
         case = Case('softmax', (max(1, round(logits/k)), k))
@@ -356,8 +394,10 @@ class OneLineParser(argparse.ArgumentParser):
     "argparse's own error prints the usage too"
     def error(self, message): self.exit(2, f'fastai_smooth: {" ".join(message.split())} (--help lists what there is)\n')
 
-def machine(device):
-    "What the numbers were measured on, and with: a dict."
+def machine(
+    device:str, # 'cpu' or 'cuda'
+) -> dict: # name -> text or number
+    "What the numbers were measured on, and with."
     cpu = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f: cpu = next((l.split(':')[1].strip() for l in f if l.startswith('model name')), cpu)
@@ -370,7 +410,10 @@ def machine(device):
                 malloc=' '.join(kept) or "the system's own", gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
                 python=platform.python_version(), **{k:version(k) for k in ('torch', 'triton', 'fastai', 'timm', 'liger_kernel', 'fastai_smooth')})
 
-def fits(case, device):
+def fits(
+    case:Case, # what is to be measured
+    device:str, # 'cpu' or 'cuda'
+) -> bool:
     "Is there memory for the check in float64, the largest part of it all? It takes some 12 times the logits in float32."
     need = 60*math.prod(case.shape)
     if device == 'cuda': return need < torch.cuda.mem_get_info()[0]
@@ -383,7 +426,7 @@ def _seconds(s):
     if not 0 < x < float('inf'): raise argparse.ArgumentTypeError(f'{s} is not a number above 0')
     return x
 
-def bench_parser():
+def bench_parser() -> OneLineParser:
     "What `fastai_smooth bench` takes."
     p = OneLineParser(prog='fastai_smooth bench', allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description='''\
@@ -410,16 +453,22 @@ as caching allocators do; without, getting fresh pages weighs most for large ten
                    'float16 (default: float32, and the others for some shapes)')
     return p
 
-def cases_of(args):
-    "The cases that the command line asks for, and whether a Learner's step is among them."
+def cases_of(
+    args:argparse.Namespace, # what `bench_parser` gives
+) -> tuple: # list of `Case`, bool
+    "The cases that the command line asks for, and whether a Learner's step is among them. Raises a ValueError for what is no shape."
     given = args.shapes or (QUICK if args.quick else SHAPES) + ['step']
     def of(shapes, dtypes): return [Case.parse(s, getattr(torch, d)) for d in dtypes for s in shapes if s != 'step']
     if args.dtypes: return of(given, args.dtypes), 'step' in given
     return of(given, ['float32']) + ([] if args.shapes or args.quick else of(HALF, ['bfloat16', 'float16'])), 'step' in given
 
 # %% ../nbs/12_bench.ipynb #792c2939
-def run(cases, step, args):
-    "Measure and print; yields rows, and what is left out, as they come."
+def run(
+    cases:list, # of `Case`
+    step:bool, # a Learner's step, too?
+    args:argparse.Namespace, # what `bench_parser` gives
+) -> Iterator: # of a list of dicts and a dict
+    "Measure and print; yields rows, and what is left out, as they come. Raises what `steps` raises."
     for case in cases:
         if not fits(case, args.device): yield [], {str(case): 'not enough memory'}; continue
         rows,out = measure(case, args.device, args.seconds or (.5 if args.quick else 3.), not args.quick, args.backend)
@@ -433,8 +482,8 @@ def run(cases, step, args):
 
 def bench(
     argv:list=None, # command line after `bench`; None takes this process's
-):
-    "The command `bench`; returns its exit code."
+) -> int: # exit code
+    "The command `bench`. Bad input is told in one line, and gives 2. Raises what `steps` raises."
     args = bench_parser().parse_args(sys.argv[2:] if argv is None else argv)
     def bad(message):
         print(f'fastai_smooth: {" ".join(message.split())}', file=sys.stderr)
@@ -466,7 +515,7 @@ def bench(
 # %% ../nbs/12_bench.ipynb #9c1d5de7
 def summary(
     *files, # that `fastai_smooth bench --json` wrote
-):
+) -> str:
     """How many times as long as ours the others take, in float32, as text; one number a file, with / between. fastai's is of Flat
     beside Flat. `memory` is ours, in units of the logits, and `host` fastai's Flat beside ours."""
     def load(f):

@@ -40,8 +40,11 @@ def _sum_tolerance(dtype): return 2e-2 if dtype in (torch.float16,torch.bfloat16
 def check_probs(
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
-):
-    "`probs` and `targs` in float64 and int64 on the CPU, and their task; a ValueError says what is wrong with them."
+) -> tuple: # probs, targs, task: 'event', 'classes' or 'labels'
+    """`probs` and `targs` in float64 and int64 on the CPU, and their task.
+
+    Raises a TypeError for what is no dense tensor of real numbers, nor lists or an array of them; a ValueError for shapes that don't go together,
+    no rows, probabilities outside [0,1] or rows of them that don't sum to 1, and labels that are no class or not 0 or 1."""
     dtype = tensor_of('probs', probs).dtype
     tol,probs,targs = _sum_tolerance(dtype),_plain('probs', probs),_plain('targs', targs)
     task = _task(probs, targs)
@@ -71,8 +74,8 @@ def events(
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     classwise:bool=False, # with class indices: one event a class, instead of "the predicted class is right"
-):
-    "Probabilities and outcomes, each (N,M): M is K for labels and with `classwise`, else 1."
+) -> tuple: # probabilities, outcomes
+    "Probabilities and outcomes, each (N,M): M is K for labels and with `classwise`, else 1. Raises what `check_probs` raises."
     return _events(*check_probs(probs, targs), classwise)
 
 # %% ../nbs/05_calibration.ipynb #afd26e00
@@ -207,7 +210,7 @@ def nll(
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     average:str='macro', # Labels: 'macro' mean, 'worst', or None for one value a label
 ) -> Tensor: # 0-d, or (K,)
-    "Negative log likelihood, natural logarithm: the mean of -log of what the truth was given. Raises ValueError for bad input."
+    "Negative log likelihood in nats: the mean of -log of what the truth was given. Good 1952. Raises what `check_probs` raises, and a ValueError for another `average`."
     return _measured(_Mean(_nll_rows), probs, targs, average)
 
 def brier_score(
@@ -215,7 +218,9 @@ def brier_score(
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     average:str='macro', # Labels: 'macro' mean, 'worst', or None for one value a label
 ) -> Tensor: # 0-d, or (K,)
-    "Mean squared distance of probabilities and truth, summed over classes: in [0,2], for events and labels [0,1] (Brier 1950). Raises ValueError for bad input."
+    """Mean squared distance of probabilities and truth, summed over classes: in [0,2], for events and labels [0,1]. Brier 1950.
+
+    Raises what `check_probs` raises, and a ValueError for another `average`."""
     return _measured(_Mean(_brier_rows), probs, targs, average)
 
 def calibration_error(
@@ -227,7 +232,9 @@ def calibration_error(
     debias:bool=False, # Take off what chance adds on the average ('l1' and 'l2')
     average:str='macro', # Labels: 'macro' mean, 'worst', or None for one value a label
 ) -> Tensor: # 0-d, or (K,), in [0,1]
-    "Gap of confidence and accuracy over bins: of the predicted class, or of each label. Guo et al. 2017 (arXiv:1706.04599). Raises ValueError for bad input."
+    """Gap of confidence and accuracy over bins: of the predicted class, or of each label. Guo et al. 2017 (arXiv:1706.04599).
+
+    Raises what `check_probs` raises, a TypeError for `n_bins` that is no number, and a ValueError for options that are not listed."""
     return _measured(_Binned(n_bins, binning, norm, debias), probs, targs, average)
 
 def classwise_calibration_error(
@@ -239,7 +246,9 @@ def classwise_calibration_error(
     debias:bool=False, # Take off what chance adds on the average ('l1' and 'l2')
     average:str='macro', # 'macro' mean over classes, 'worst', or None for one value a class
 ) -> Tensor: # 0-d, or (K,), in [0,1]
-    "Calibration error of each class' probability, whether it is the predicted one or not. Kull et al. 2019 (arXiv:1910.12656). Raises ValueError for bad input."
+    """Calibration error of each class' probability, whether it is the predicted one or not. Kull et al. 2019 (arXiv:1910.12656).
+
+    Raises what `calibration_error` raises: a TypeError for what is no tensor or number, else a ValueError."""
     return _measured(_Binned(n_bins, binning, norm, debias, classwise=True), probs, targs, average)
 
 def smooth_calibration_error(
@@ -247,7 +256,9 @@ def smooth_calibration_error(
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     average:str='macro', # Labels: 'macro' mean, 'worst', or None for one value a label
 ) -> Tensor: # 0-d, or (K,), in [0,1]
-    "Kernel-smoothed calibration error, with no bins to choose. Błasiok & Nakkiran 2023 (arXiv:2309.12236). Raises ValueError for bad input."
+    """Kernel-smoothed calibration error, with no bins to choose. Błasiok & Nakkiran 2023 (arXiv:2309.12236).
+
+    Raises what `check_probs` raises, and a ValueError for another `average`."""
     return _measured(_Smooth(), probs, targs, average)
 
 _MEASURES = {nll: lambda: _Mean(_nll_rows), brier_score: lambda: _Mean(_brier_rows), calibration_error: _Binned,
@@ -285,16 +296,18 @@ def _drawn_classes(cumulated, group, n_groups, gen):
 def null_floor(
     measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
     probs:Tensor, # (N,) or (N,K) probabilities
-    targs:Tensor, # Labels; only their shape counts
-    level:float=.95, # Share of perfect models whose value is at most `upper`
+    targs:Tensor, # Labels, (N,) or (N,K); only their shape counts
+    level:float=.95, # Share in (0,1) of perfect models whose value is at most `upper`
     n_draws:int=1000, # Perfect models to draw; fewer, but not below 20, where rows and classes are many
     average:str='macro', # Labels: 'macro' mean, 'worst', or None for one value a label
     groups:Tensor=None, # (N,) rows with the same number share their luck, such as the pixels of an image (None: each has its own)
     seed:int=0, # Decides the draws
     **kwargs # Of the measure
 ) -> tuple: # mean, upper
-    """What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed. Raises ValueError for bad input,
-    TypeError for other measures."""
+    """What `measure` gives for a perfectly calibrated model with these `probs`: the mean, and what a share `level` does not exceed. Labels are drawn from `probs`:
+    consistency resampling (Bröcker & Smith 2007; Vaicenavicius et al. 2019, arXiv:1902.06977).
+
+    Raises a TypeError for other measures, options that are not the measure's, and numbers or tensors that are none; a ValueError for bad values and shapes."""
     m,(probs,targs,task) = _measure(measure, **kwargs),check_probs(probs, targs)
     gen = torch.Generator().manual_seed(check_whole('seed', seed))
     _check_level(level)
@@ -310,9 +323,9 @@ def null_floor(
 def binomial_interval(
     k:int, # Successes
     n:int, # Trials, 1 or more
-    level:float=.95, # Share of samples whose interval holds the truth
-): 
-    "Wilson's interval for a probability: (low, high)."
+    level:float=.95, # Share in (0,1) of samples whose interval holds the truth
+) -> tuple: # low, high
+    "Wilson's interval for a probability (Wilson 1927). Raises a TypeError for what is no number, a ValueError for one out of range, such as more successes than trials."
     _check_level(level)
     for name,v in (('k',k),('n',n)): check_number(name, v, 0 if name == 'k' else 1, 2**63)
     if k > n: raise ValueError(f'k must be n={n} at most, got {k}')
@@ -366,7 +379,7 @@ def bootstrap_interval(
     measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
-    level:float=.95, # Share of samples whose interval holds the truth
+    level:float=.95, # Share in (0,1) of samples whose interval holds the truth
     n_boot:int=1000, # Bootstrap samples; fewer, but not below 200, where labels and bins are many
     average:str='macro', # Labels: 'macro' mean, the 'worst' one here, or None for an interval a label
     groups:Tensor=None, # (N,) rows with the same number belong together, such as the pixels of an image (None: all are independent)
@@ -375,9 +388,11 @@ def bootstrap_interval(
 ) -> tuple: # low, high; a list of them where `average` is None and there are several labels
     """An interval for what `measure` would give on all rows there might be, of which these are a sample.
 
-    Of a mean (NLL, Brier) the bootstrap's quantiles, too narrow where all of it comes from a handful of rows; of accuracy Wilson's interval. Of a calibration error,
-    the errors that a wild bootstrap finds neither too small nor too large for what was seen, over the same bins; it is for the error itself, whether or not the value
-    has `debias`. 'worst' is the interval of the label that is worst in these rows. Raises ValueError for bad input, TypeError for other measures."""
+    Of a mean (NLL, Brier) the bootstrap's quantiles (Efron 1979), too narrow where all of it comes from a handful of rows; of accuracy Wilson's interval. Of a calibration
+    error, the errors that a wild bootstrap (Wu 1986) finds neither too small nor too large for what was seen, over the same bins; it is for the error itself, whether or
+    not the value has `debias`. 'worst' is the interval of the label that is worst in these rows.
+
+    Raises a TypeError for other measures, options that are not the measure's, and numbers or tensors that are none; a ValueError for bad values and shapes."""
     _check_level(level)
     m = _measure(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
     cell,channels = m.rows(*check_probs(probs, targs))
@@ -395,9 +410,11 @@ def reliability(
     n_bins:int=10, # Bins
     binning:str='width', # Bins of equal 'width' or 'mass'
     min_n:int=1, # Merge neighbours until a bin has as many rows
-    level:float=.95, # Of the interval of the accuracy
+    level:float=.95, # Share in (0,1) of samples in which the interval holds the true accuracy
 ) -> pd.DataFrame: # confidence, accuracy, low, high, n; one row a bin that has any
-    "By bin, in order of confidence: mean `confidence`, `accuracy` with an interval from `low` to `high`, and number of rows `n`."
+    """By bin, in order of confidence: mean `confidence`, `accuracy` with an interval from `low` to `high`, and number of rows `n`. DeGroot & Fienberg 1983.
+
+    Raises what `check_probs` raises, a TypeError for numbers that are none, and a ValueError for options out of range and for several labels."""
     p,y = events(probs, targs)
     if p.shape[1] > 1: raise ValueError(f'probs has {p.shape[1]} labels: give one, probs[:,k] and targs[:,k]')
     m = _Binned(n_bins, binning)
@@ -415,11 +432,13 @@ def reliability(
 
 # %% ../nbs/05_calibration.ipynb #c339e3ec
 def prediction_rows(
-    pred:Tensor, # What the model gives, classes along the axis of the loss
-    targ:Tensor, # Class indices, or labels shaped like `pred`
+    pred:Tensor, # (N,K), (N,K,...) or (N,): what the model gives, classes along the axis of the loss
+    targ:Tensor, # (N,) or (N,...) class indices, or labels shaped like `pred`
     loss=None, # For its `axis` (else the last) and `ignore_index`
-):
-    "`pred` as (N,K), or (N,) for single events; `targ` to go with it, 0 where it is to be ignored; and (N,) False for those."
+) -> tuple: # pred, targ, keep
+    """`pred` as (N,K), or (N,) for single events; `targ` to go with it, 0 where it is to be ignored; and `keep` (N,), False for those.
+
+    Raises a TypeError for what is no tensor, and a ValueError for shapes that don't go together."""
     for o in (pred, targ):
         if not isinstance(o, Tensor): raise TypeError(f'needs one tensor of predictions and one of targets, got a {type(o).__name__}')
     pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
@@ -441,8 +460,17 @@ def _double(x):
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 class CalibrationMetric(Metric):
-    "What the metrics of this page share; `act` makes probabilities of predictions (None: the activation of the Learner's loss)."
-    def __init__(self, measure, name, average='macro', act=None, **kwargs):
+    """A measure of this page, such as `calibration_error`, as a fastai metric: what `NLL`, `Brier`, `ECE`, `ClasswiseECE` and `SmoothECE` make. It keeps sums, not rows, unless bins are of equal mass.
+
+    Raises a TypeError for other measures, for options that the measure doesn't have, and for an `act` that is no function; a ValueError for an `average` or options out of range, and in validation for what are no
+    probabilities and labels."""
+    def __init__(self,
+        measure:Callable, # One of the measures here
+        name:str, # As it is printed; '_worst' is added where that is asked for
+        average:str='macro', # Labels: 'macro' mean or 'worst'
+        act:Callable=None, # Makes probabilities of predictions (None: the activation of the Learner's loss)
+        **kwargs # Of the measure, such as n_bins
+    ):
         if average not in ('macro','worst'): raise ValueError(f"average must be 'macro' or 'worst', got {average!r}: a metric is one number")
         if not (act is None or callable(act)): raise TypeError(f'act must be a function that makes probabilities of predictions, got {act!r}')
         self.measure,self.average,self.act = _measure(measure, **kwargs),average,act
@@ -490,15 +518,15 @@ class CalibrationMetric(Metric):
 def NLL(
     average:str='macro', # Labels: 'macro' mean or 'worst'
     act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-):
-    "`nll` on hard labels, whatever the loss smooths."
+) -> CalibrationMetric: # For `Learner(metrics=...)`
+    "`nll` in nats on hard labels, whatever the loss smooths. Raises what `CalibrationMetric` raises."
     return CalibrationMetric(nll, 'nll', average, act)
 
 def Brier(
     average:str='macro', # Labels: 'macro' mean or 'worst'
     act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-):
-    "`brier_score` as a metric."
+) -> CalibrationMetric: # For `Learner(metrics=...)`
+    "`brier_score` as a metric. Raises what `CalibrationMetric` raises."
     return CalibrationMetric(brier_score, 'brier', average, act)
 
 def ECE(
@@ -506,8 +534,8 @@ def ECE(
     average:str='macro', # Labels: 'macro' mean or 'worst'
     act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
     **kwargs # binning, norm and debias of `calibration_error`
-):
-    "`calibration_error` as a metric."
+) -> CalibrationMetric: # For `Learner(metrics=...)`
+    "`calibration_error` as a metric. Raises what `CalibrationMetric` raises."
     return CalibrationMetric(calibration_error, 'ece' if n_bins == 15 else f'ece{n_bins}', average, act, n_bins=n_bins, **kwargs)
 
 def ClasswiseECE(
@@ -515,13 +543,13 @@ def ClasswiseECE(
     average:str='macro', # 'macro' mean over classes or labels, or the 'worst'
     act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
     **kwargs # binning, norm and debias of `classwise_calibration_error`
-):
-    "`classwise_calibration_error` as a metric."
+) -> CalibrationMetric: # For `Learner(metrics=...)`
+    "`classwise_calibration_error` as a metric. Raises what `CalibrationMetric` raises."
     return CalibrationMetric(classwise_calibration_error, 'classwise_ece' if n_bins == 15 else f'classwise_ece{n_bins}', average, act, n_bins=n_bins, **kwargs)
 
 def SmoothECE(
     average:str='macro', # Labels: 'macro' mean or 'worst'
     act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-):
-    "`smooth_calibration_error` as a metric."
+) -> CalibrationMetric: # For `Learner(metrics=...)`
+    "`smooth_calibration_error` as a metric. Raises what `CalibrationMetric` raises."
     return CalibrationMetric(smooth_calibration_error, 'smooth_ece', average, act)

@@ -45,9 +45,10 @@ class MultiLabelSmoothingCallback(Callback):
     between `before_backward` and `after_backward`, and what is backpropagated is the loss of the smoothed target, with all that other
     callbacks did to the loss. The Recorder logs the smoothed training loss. Metrics, later callbacks and validation see hard labels.
 
-    Raises a ValueError when a fit starts on a Learner with a second one, with a loss that smooths by itself, or with targets outside
-    [0,1], as a regression has, and a TypeError where there is not exactly one target, shaped like the predictions. A vectorised version of the forum's callback
-    (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
+    Raises a ValueError for an eps or a prior out of range, and when a fit starts on a Learner with a second one, with a loss that smooths
+    by itself, or with targets outside [0,1], as a regression has; a TypeError for a loss of class indices, and where there is not exactly
+    one target, shaped like the predictions; a RuntimeError where another callback put a loss of its own in place of `learn.loss_grad`.
+    A vectorised version of the forum's callback (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
     # Below every fastai callback: first to see loss_grad in after_loss, before it is scaled in before_backward
     order,run_valid = -60,False
     _stateattrs = ('_hard','_leaf','_u')
@@ -55,7 +56,7 @@ class MultiLabelSmoothingCallback(Callback):
 
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]; Keras' `label_smoothing` is twice that
-        prior:Tensor|str=None # [K] label frequencies to smooth to instead of 1/2; 'train': those of `dls.train`
+        prior:Tensor|str=None # [K] label frequencies in [0,1] to smooth to instead of 1/2; 'train': those of `dls.train`
     ):
         self.eps = eps
         if isinstance(prior, str):
@@ -153,7 +154,8 @@ class LabelSmoothingScheduler(Callback):
     """Sets `eps` before each training batch to `sched(pct_train)`, for any fastai schedule such as `SchedCos(.2, 0.)`.
 
     The values are in `recorder.hps['eps']` after the fit (`recorder.plot_sched()`), and eps is then back at its configured value.
-    Raises a TypeError when a fit starts on a Learner that has nothing to smooth with, and a ValueError for an eps out of range."""
+    Raises a TypeError for a `sched` that is no function, and when a fit starts on a Learner that has nothing to smooth with; a
+    ValueError at the first batch for which `sched` gives an eps out of range."""
     order,run_valid = ParamScheduler.order + 1,False # after ParamScheduler, whose after_fit overwrites recorder.hps
     _stateattrs = ('_owner','_configured')
     _owner=_configured = None

@@ -29,8 +29,9 @@ CALIBRATION = dict(brier=(brier_score, 'probs'), ece=(calibration_error, 'probs'
 
 def measures(
     runs:list, # dicts from `score` or `one_run`
-):
-    "By name of `CALIBRATION`: the value of all `runs` in one pool, and its 95% interval; an image that several runs have counts as one."
+) -> dict: # name -> (value, low, high)
+    """By name of `CALIBRATION`: the value of all `runs` in one pool, and its 95% interval; an image that several runs have counts as one.
+    Raises what `bootstrap_interval` raises."""
     def pool(o): return torch.cat([r[o] for r in runs])
     return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'), groups=pool('images'))) for name,(f,o) in CALIBRATION.items()}
 
@@ -38,9 +39,10 @@ def score(
     logits:Tensor, # (n,K)
     targs:Tensor, # (n,) true class indices
     images:Tensor=None, # (n,) their numbers, by which runs have them in common
-):
-    """A dict of `METRICS`, `temperature`, `CALIBRATION` with intervals, and of what they are made from: `probs` and, after a cross-fitted temperature,
-    `after`, both (n,K), `targs` and `images`."""
+) -> dict:
+    """`METRICS`, `temperature`, `CALIBRATION` with intervals, and what they are made from: `probs` and, after a cross-fitted temperature,
+    `after`, both (n,K), `targs` and `images`. Accuracy and confidence gap are fractions, NLL is in nats. Raises a TypeError or ValueError for
+    logits and targets that don't go together."""
     logits,targs = logits.as_subclass(Tensor).double(),targs.as_subclass(Tensor)
     probs = logits.softmax(1)
     confidence,pred = probs.max(1)
@@ -52,7 +54,7 @@ def score(
     return res
 
 # %% ../nbs/11_compare.ipynb #c95fd1f0
-def archs():
+def archs() -> list:
     "Names that `find_arch` knows."
     xres = [o for o in models.xresnet.__all__ if o.startswith('x') and callable(getattr(models.xresnet, o))]
     return xres + torchvision.models.list_models(module=torchvision.models)
@@ -60,7 +62,7 @@ def archs():
 def find_arch(
     name:str, # such as resnet18 or xresnet18
     pretrained:bool=False, # must it have weights to download?
-):
+) -> Callable: # an arch, as `vision_learner` takes it
     "What builds the model of that name; `BadInput` if there is none."
     if name not in (known := archs()):
         some = L(get_close_matches(name, known, n=3) + ['resnet18', 'resnet34', 'xresnet18']).unique()
@@ -73,11 +75,12 @@ def find_arch(
 # %% ../nbs/11_compare.ipynb #461d55f6
 def get_learner(
     dls:DataLoaders, # single-label images
-    eps:float, # smoothing; with 0 the loss stays the plain one
+    eps:float, # smoothing in [0,1]; with 0 the loss stays the plain one
     arch:str='resnet18', # a name that `find_arch` knows
     pretrained:bool=False, # start from ImageNet weights?
-):
-    "A `vision_learner`, smoothed with `to_smooth` in training; validation is not."
+) -> Learner:
+    """A `vision_learner`, smoothed with `to_smooth` in training; validation is not. `BadInput` for an arch that there is not, and what
+    `to_smooth` raises: a ValueError for an eps out of range, a TypeError for one that is no number."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='torchvision') # of how fastai asks it for models
         learn = vision_learner(dls, find_arch(arch, pretrained), pretrained=pretrained, metrics=accuracy)
@@ -86,16 +89,17 @@ def get_learner(
 # %% ../nbs/11_compare.ipynb #f46386cf
 def one_run(
     data:ImageSet, # what `digits`, `fashion` or `image_folder` gives
-    eps:float, # smoothing
+    eps:float, # smoothing in [0,1]
     seed:int, # decides all that is random: split, noise, first weights, order of batches, augmentation, dropout
     arch:str='resnet18', # a name that `find_arch` knows
     pretrained:bool=False, # fine-tune ImageNet weights?
-    epochs:int=4, # after one of the head alone, when pretrained
+    epochs:int=4, # number of epochs, after one of the head alone when pretrained
     lr:float=3e-3, # peak of the one-cycle learning rate
     progress:bool=True, # show progress bars?
     **kwargs # noise, size, bs, augment and workers, for `get_dls`
-):
-    "Train one model and `score` it on the validation images. Runs that differ in `eps` alone share all that is random."
+) -> dict: # eps, seed, and what `score` gives
+    """Train one model and `score` it on the validation images. Runs that differ in `eps` alone share all that is random. Raises what
+    `get_learner` raises."""
     with no_random(seed):
         learn = get_learner(get_dls(data, seed, **kwargs), eps, arch, pretrained)
         with ContextManagers([] if progress else [learn.no_bar(), learn.no_logging()]):
@@ -108,15 +112,15 @@ def one_run(
 # %% ../nbs/11_compare.ipynb #18a18d21
 def tidy(
     runs:list, # dicts from `one_run`
-):
-    "The content of results.csv: one row an eps and seed."
+) -> pd.DataFrame:
+    "The content of results.csv: one row an eps and seed. Accuracy and the like are fractions, NLL is in nats."
     intervals = [name + o for name in CALIBRATION for o in ('', '_low', '_high')]
     return pd.DataFrame(runs)[['eps', 'seed', *METRICS, *intervals, 'temperature']]
 
 # %% ../nbs/11_compare.ipynb #2123565d
 def summarise(
     results:pd.DataFrame, # what `tidy` gives
-):
+) -> pd.DataFrame:
     """One row an eps, columns (what, statistic, metric): mean and std over seeds of the metric `itself` and, where
     there are runs with eps 0, of its `change` from the run with the same seed at eps 0. The std of one seed is nan."""
     def stats(df): return pd.concat(dict(mean=df.mean(skipna=False), std=df.std(skipna=False)))
@@ -130,7 +134,7 @@ def summarise(
 # %% ../nbs/11_compare.ipynb #5ddc3b54
 def table(
     results:pd.DataFrame, # what `tidy` gives
-):
+) -> pd.DataFrame: # of text
     "`summarise` to be read by people: one row an eps, mean ± std over seeds, then the paired changes from eps 0."
     summary,res = summarise(results),results.groupby('eps', sort=False).size().to_frame('seeds')
     def column(what, m):
@@ -146,8 +150,9 @@ def table(
 # %% ../nbs/11_compare.ipynb #cal00002
 def calibration_table(
     runs:list, # dicts from `one_run`
-):
-    "One row an eps, to be read by people: `CALIBRATION` of all seeds in one pool with 95% intervals, ECE by luck alone (mean), and the mean temperature."
+) -> pd.DataFrame: # of text
+    """One row an eps, to be read by people: `CALIBRATION` of all seeds in one pool with 95% intervals, ECE by luck alone (mean), and the
+    mean temperature. Raises what `null_floor` raises."""
     def row(pool):
         res = {name:'{:.4f} [{:.4f}, {:.4f}]'.format(*o) for name,o in measures(pool).items()}
         probs,targs,images = (torch.cat([r[o] for r in pool]) for o in ('probs','targs','images'))
@@ -182,8 +187,9 @@ def _panel(top, low, runs, key, n_bins):
 def plot_reliability(
     runs:list, # dicts from `one_run`
     n_bins:int=10, # bins of equal width
-):
-    "A `Figure`: accuracy against confidence by bin, raw and after a cross-fitted temperature, one curve an eps, seeds pooled; below, the images in each bin."
+) -> Figure:
+    """Accuracy against confidence by bin, raw and after a cross-fitted temperature, one curve an eps, seeds pooled; below, the images in
+    each bin. Raises what `reliability` raises."""
     fig = Figure(figsize=(11,7.5), layout='constrained') # no pyplot: nothing that asks for a display
     axes = fig.subplots(2, 2, sharex=True, sharey='row', height_ratios=(4,1))
     for (top,low),key,title in zip(axes.T, ('probs','after'), ('raw','after temperature')):
@@ -201,13 +207,14 @@ def choose_eps(
     data:ImageSet, # what `digits`, `fashion` or `image_folder` gives
     arch:str='resnet18', # a name that `find_arch` knows
     pretrained:bool=False, # fine-tune ImageNet weights?
-    epochs:int=4, # of the training that is planned
+    epochs:int=4, # epochs of the training that is planned
     lr:float=3e-3, # its learning rate
     noise:float=0., # share of wrong training labels
     bs:int=64, # batch size
     **kwargs # size, augment and workers, for `get_dls`
 ) -> EpsSuggestion:
-    "What `eps_find` suggests for the training images of seed 0."
+    """What `eps_find` suggests for the training images of seed 0. `BadInput` where the pilot fails, or there are fewer images left than
+    a batch has."""
     valid = split_valid(data.classes, 0) if data.is_valid is None else data.is_valid
     classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
     train = ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
@@ -251,7 +258,7 @@ _procs = _within(int, lambda x: x >= 0, 'a whole number of 0 or more')
 # %% ../nbs/11_compare.ipynb #857be8aa
 SIZES = dict(digits=24, fashion=32) # side in pixels where --size isn't given; photos take 128
 
-def compare_parser():
+def compare_parser() -> OneLineParser:
     "What `fastai_smooth compare` takes."
     p = OneLineParser(prog='fastai_smooth', usage='fastai_smooth [compare] [options]', allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, description='''\
@@ -292,8 +299,10 @@ exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)''')
     return p
 
 # %% ../nbs/11_compare.ipynb #6ca90da1
-def load_images(args):
-    "The `ImageSet` that `--data` asks for; `BadInput` when it can't be had, or options don't fit it."
+def load_images(
+    args:argparse.Namespace, # what `compare_parser` gives
+) -> ImageSet:
+    "The images that `--data` asks for; `BadInput` when they can't be had, or options don't fit them."
     if args.data != 'fashion':
         for o in ('root', 'download'):
             if getattr(args, o): raise BadInput(f'--{o}: goes with --data fashion, not with --data {args.data}')
@@ -310,7 +319,14 @@ def _run_options(args):
     return merge(res, dict(size=args.size or SIZES.get(args.data, 128)))
 
 # %% ../nbs/11_compare.ipynb #1bdae6cf
-def check_training(data, arch, pretrained, size, bs, **kwargs):
+def check_training(
+    data:ImageSet, # what to train on
+    arch:str, # a name that `find_arch` knows
+    pretrained:bool, # from ImageNet weights?
+    size:int, # side in pixels
+    bs:int, # batch size
+    **kwargs # other options of `one_run`, which can't go wrong
+):
     "`BadInput` unless a batch of `data` goes through a model as in training."
     find_arch(arch, pretrained)
     n = (~(split_valid(data.classes, 0) if data.is_valid is None else data.is_valid)).sum()
@@ -321,7 +337,9 @@ def check_training(data, arch, pretrained, size, bs, **kwargs):
         with or_bad_input(no_model): learn = get_learner(get_dls(data, 0, size=size, bs=bs), 0, arch, pretrained)
         with or_bad_input(no_batch): learn.model.train()(learn.dls.one_batch()[0])
 
-def check_out(out:Path):
+def check_out(
+    out:Path, # where results go
+):
     "Make the folder `out`; `BadInput` unless files can be written there."
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -333,9 +351,9 @@ def check_out(out:Path):
 # %% ../nbs/11_compare.ipynb #9a19ec36
 def report(
     runs:list, # dicts from `one_run`
-    args, # what `compare_parser` gives
+    args:argparse.Namespace, # what `compare_parser` gives
 ):
-    "Print the tables; write results.csv and reliability.png."
+    "Print the tables; write results.csv and reliability.png. Raises what `calibration_table` raises."
     write_results(runs, args.out)
     plot_reliability(runs).savefig(args.out/'reliability.png', dpi=150)
     print(f'\n{table(tidy(runs)).to_string(index=False)}\n')
@@ -348,13 +366,18 @@ def report(
     print('nll after T: logits divided by a temperature, cross-fitted; T below 1: the model was too modest.')
     print(f'In {args.out}: results.csv, reliability.png')
 
-def write_results(runs, out): tidy(runs).to_csv(out/'results.csv', index=False)
+def write_results(
+    runs:list, # dicts from `one_run`
+    out:Path, # an existing folder
+):
+    "Write results.csv to `out`."
+    tidy(runs).to_csv(out/'results.csv', index=False)
 
 # %% ../nbs/11_compare.ipynb #942c9936
 def compare(
     argv:list, # command line after `compare`
-):
-    "The command `compare`; returns its exit code."
+) -> int: # exit code
+    "The command `compare`. `BadInput` for options that can't be worked with. Else raises what `one_run`, `choose_eps` and `report` raise."
     args = compare_parser().parse_args(argv)
     if len(set(args.eps)) < len(args.eps): raise BadInput(f'--eps {" ".join(map(str, args.eps))}: one is there twice')
     data,options = load_images(args),_run_options(args)
@@ -381,8 +404,8 @@ COMMANDS = dict(compare=compare, bench=bench)
 
 def main(
     argv:list=None, # command line without the program's name; None takes this process's
-):
-    "The program `fastai_smooth`: runs the command that its first argument names, or `compare`. Returns the exit code."
+) -> int: # exit code
+    "The program `fastai_smooth`: runs the command that its first argument names, or `compare`. Bad input is told in one line, and gives 2."
     argv = list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS[argv.pop(0)] if argv and argv[0] in COMMANDS else compare
     try: return command(argv)

@@ -19,9 +19,11 @@ _served = (fastai.losses.CrossEntropyLossFlat, nn.CrossEntropyLoss, LabelSmoothi
 class GlobalMean(Callback):
     """Trains on the mean over the rows of all processes, where class weights or ignored rows make it another than the mean of their means.
 
-    For DDP, and `CrossEntropyLossFlat`, `nn.CrossEntropyLoss` and the cross entropies of this package. One all-reduce of one number a training batch, and the loss is computed
-    twice. Raises when a fit starts: a TypeError for other losses (most are means over rows, of which all processes have as many), a ValueError for a reduction that is no
-    mean, and for a second one on the same Learner."""
+    For DDP, and `CrossEntropyLossFlat`, `nn.CrossEntropyLoss` and the cross entropies of this package. One all-reduce of one number a
+    training batch, and the loss is computed twice: see `global_mean`.
+
+    Raises when a fit starts: a TypeError for other losses (most are means over rows, of which all processes have as many), a ValueError
+    for a reduction that is no mean, and for a second one on the same Learner. In training, an IndexError for a class index out of range."""
     order,run_valid = -55,False # before others scale the loss, or add to it
     def __init__(self,
         group=None # The data-parallel process group (None: all processes); is not exported

@@ -21,7 +21,7 @@ class BadInput(ValueError):
 @contextmanager
 def or_bad_input(
     msg:str, # which input, and what to do about it
-):
+) -> Iterator[None]: # for `with`
     "Whatever a broken file, a download or a model raises inside becomes a `BadInput`."
     try: yield
     except Exception as e: raise BadInput(f'{msg} ({type(e).__name__}: {str(e)[:300]})') from e
@@ -39,7 +39,7 @@ class ImageSet:
 def _rgb(grey): # a view: the three channels share their memory
     return list(np.broadcast_to(grey[...,None], (*grey.shape, 3)))
 
-def digits():
+def digits() -> ImageSet: # of 1,797 images (8,8,3)
     "scikit-learn's 1,797 handwritten digits of 8x8 pixels, real scans; nothing to download."
     d = load_digits()
     return ImageSet(_rgb((d.images*255/16).astype(np.uint8)), d.target, [str(o) for o in d.target_names])
@@ -48,8 +48,8 @@ def digits():
 def fashion(
     root:str|Path, # folder that holds FashionMNIST/raw, or will
     download:bool=False, # fetch what is missing?
-):
-    "torchvision's FashionMNIST, 28x28: 60,000 images for training, 10,000 to validate. `BadInput` if it can't be had."
+) -> ImageSet: # of 70,000 images (28,28,3)
+    "torchvision's FashionMNIST, 28x28 pixels: 60,000 images for training, 10,000 to validate. `BadInput` if it can't be had."
     remedy = 'the download failed' if download else 'add --download to fetch it, or give another --root'
     with or_bad_input(f'--data fashion: no FashionMNIST in --root {root}; {remedy}'):
         parts = [torchvision.datasets.FashionMNIST(root, train=o, download=download) for o in (True, False)]
@@ -59,7 +59,7 @@ def fashion(
 # %% ../nbs/10_images.ipynb #860796ae
 def image_folder(
     path:str|Path, # one subfolder a class; or `train` and `valid`, each with one subfolder a class
-):
+) -> ImageSet: # of paths
     "The images in a folder, each opened once to see that it can be. `BadInput` names what can't be used, and why."
     path = Path(path)
     with or_bad_input(f'--data {str(path)[:200]}: no such folder'): path.is_dir() # a name that no folder can have
@@ -113,8 +113,8 @@ def split_valid(
     classes:np.ndarray, # (n,) class indices
     seed:int, # what decides
     pct:float=.2, # share of each class, at least one image
-):
-    "(n,) bool, True for validation: the same share of every class, so that no class is left out of either part."
+) -> np.ndarray: # (n,) bool, True for validation
+    "Which images are for validation: the same share of every class, so that no class is left out of either part."
     rng,res = np.random.default_rng([seed, 0]),np.zeros(len(classes), bool)
     for c in np.unique(classes):
         idxs = rng.permutation(np.flatnonzero(classes == c))
@@ -127,8 +127,8 @@ def flip_labels(
     noise:float, # probability of another class, in [0, 1)
     n_classes:int, # K, at least 2
     seed:int, # what decides
-):
-    "Symmetric label noise: (n,) class indices, each wrong with probability `noise`, uniformly among the other classes."
+) -> np.ndarray: # (n,) class indices
+    "Symmetric label noise: each class index is wrong with probability `noise`, uniformly among the other classes."
     rng = np.random.default_rng([seed, 1]) # not the split's stream
     flip,shift = rng.random(len(classes)) < noise, rng.integers(1, n_classes, len(classes))
     return np.where(flip, (classes+shift) % n_classes, classes)
@@ -142,8 +142,8 @@ def get_dls(
     bs:int=64, # batch size
     augment:bool=False, # fastai's `aug_transforms()` on training images?
     workers:int=0, # processes that load images
-):
-    "`DataLoaders`: noisy labels to train, clean ones to validate. The order of batches is up to the global seed."
+) -> DataLoaders: # of batches (bs,3,size,size)
+    "Noisy labels to train, clean ones to validate. The order of batches is up to the global seed."
     valid = split_valid(data.classes, seed) if data.is_valid is None else data.is_valid
     classes = np.where(valid, data.classes, flip_labels(data.classes, noise, len(data.vocab), seed))
     block = DataBlock((ImageBlock, CategoryBlock(data.vocab, sort=False)), get_x=ItemGetter(0), get_y=ItemGetter(1),

@@ -30,7 +30,8 @@ def draw_reliability(
     title:str='', # Of the panel
     words:tuple=('underconfident','overconfident'), # What is above the diagonal, and below
 ):
-    "A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal coloured by its sign, and dots that grow with the rows of a bin."
+    """A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal coloured by its sign, and dots that grow
+    with the rows of a bin. Raises what `reliability` raises. Guo et al. 2017 (arXiv:1706.04599)."""
     bins = reliability(probs, targs, n_bins, min_n=min_n)
     ax.fill_between([0,1], [0,1], 0, color=_OVER, alpha=.07, lw=0)
     ax.fill_between([0,1], [0,1], 1, color=_UNDER, alpha=.07, lw=0)
@@ -50,7 +51,13 @@ def _draw_counts(ax, probs, n_bins):
 
 # %% ../nbs/08_interpret.ipynb #79d33a7b
 class CalibrationInterpretation(Interpretation):
-    "How well the probabilities of a Learner are calibrated, as they come from the model and after a temperature. Make one by `from_learner`."
+    """How well the probabilities of a Learner are calibrated, as they come from the model and after a temperature. Make one by
+    `from_learner`.
+
+    Its `raw` and `after` are probabilities shaped like `logits`, `targs` are class indices (N,) or 0/1 shaped like `logits`,
+    `temperature` is what `after` was divided by, and `rows` says which predictions these are. Raises a TypeError for a loss whose
+    activation is neither softmax nor sigmoid, a ValueError for logits and targets that don't go together, and a RuntimeError inside
+    `distrib_ctx`. The measures: `nll`, `brier_score`, `calibration_error`; the temperature: `best_temperature`."""
     def __init__(self,
         learn:Learner, # Whose predictions these are
         dl:DataLoader, # Data that were predicted
@@ -79,8 +86,9 @@ class CalibrationInterpretation(Interpretation):
         learn:Learner, # Is left as it is
         ds_idx:int=1, # Index of `learn.dls` when `dl` is None
         dl:DataLoader=None # Data with targets
-    ):
-        "From the predictions of `learn`. Raises a TypeError for a loss whose activation is neither softmax nor sigmoid, a ValueError for data without targets."
+    ) -> 'CalibrationInterpretation':
+        """From the predictions of `learn`. Raises a TypeError for a loss whose activation is neither softmax nor sigmoid, a ValueError for
+        data without targets, and a RuntimeError inside `distrib_ctx`."""
         _check_has_activation(untempered(_unmixed(learn.loss_func)))
         preds = raw_preds(learn, ds_idx, dl, max_numel=2**23) # more would take minutes to judge
         if dl is None:
@@ -100,10 +108,14 @@ class CalibrationInterpretation(Interpretation):
         average:str='macro', # Of several labels: their 'macro' mean or the 'worst'
         by_label:bool=False, # Several labels: ECE, Brier and NLL of each, the worst ECE first, instead
         n_boot:int=1000, # Bootstrap samples
-    ) -> pd.DataFrame: # One row a measure, 'raw' and 'after': value, low, high, floor, floor_high, n, T
-        """Measures with their 95% intervals (`low`, `high`) and null floor, what a perfectly calibrated model with these probabilities would show on as many rows: on the average
-        (`floor`), and with luck up to `floor_high`. NLL and Brier are proper scores, and come first; the others are calibration alone. Rows of one item, such as
-        the pixels of an image, count as depending on each other. A temperature that was fitted to the Learner on these very data looks a little too good."""
+    ) -> pd.DataFrame: # One row a measure, 'raw' and 'after T': value, low, high, floor, floor_high, n, T
+        """Measures with their 95% intervals (`low`, `high`) and null floor, what a perfectly calibrated model with these probabilities would
+        show on as many rows: on the average (`floor`), and with luck up to `floor_high`. Accuracy, Brier and the calibration errors are
+        fractions, NLL is in nats.
+
+        NLL and Brier are proper scores, and come first; the others are calibration alone. Rows of one item, such as the pixels of an image,
+        count as depending on each other. A temperature that was fitted to the Learner on these very data looks a little too good. Raises a
+        TypeError or ValueError for options out of range, and for `by_label` where a row has one class."""
         if average not in ('macro','worst'): raise ValueError(f"average must be 'macro' or 'worst', got {average!r}; by_label=True shows each label")
         if by_label: return self._by_label(n_bins)
         rows = {}
@@ -130,8 +142,10 @@ class CalibrationInterpretation(Interpretation):
         max_n:int=6, # At most as many labels
         figsize:tuple=None, # In inches
         return_fig:bool=False, # Return the figure?
-    ):
-        "Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence. Several labels: one column each."
+    ) -> plt.Figure: # None unless `return_fig`
+        """Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence.
+        Several labels: a row of diagrams each. Raises a ValueError for a label that there is not, and a TypeError or ValueError for
+        numbers out of range."""
         check_whole('max_n', max_n, 1), check_whole('n_bins', n_bins, 1)
         raw,after,targs = self.raw,self.after,self.targs
         cols = [('raw, ECE {:.3f}',raw,targs),(f'after {self._t}, ECE {{:.3f}}',after,targs)]
@@ -159,7 +173,7 @@ class CalibrationInterpretation(Interpretation):
         n_bins:int=20, # Bins of equal width
         figsize:tuple=(8,3), # In inches
         return_fig:bool=False, # Return the figure?
-    ):
+    ) -> plt.Figure: # None unless `return_fig`
         "How sure the model is where it is right, and where it is wrong; raw and after temperature. Of several labels, all decisions."
         fig,axs = plt.subplots(1, 2, figsize=figsize, sharey=True, layout='constrained')
         for ax,title,probs in zip(axs, ('raw',f'after {self._t}'), (self.raw,self.after)):
@@ -184,8 +198,10 @@ class CalibrationInterpretation(Interpretation):
         k:int=9, # How many
         show:bool=True, # Show the inputs, as `plot_top_losses` does?
         **kwargs # Of `plot_top_losses`
-    ) -> tuple: # confidences, indices into the data
-        "The wrong decisions that the model was most sure of (raw): of several labels, by the worst label of a row. For one prediction an input."
+    ) -> tuple: # Confidences (k,) in [0,1], indices (k,) into the data
+        """The wrong decisions that the model was most sure of (raw): of several labels, by the worst label of a row; fewer than `k` where fewer
+        are wrong. Raises a ValueError unless there is one prediction an input, all of them are here, and the data come from a fastai
+        DataLoader; a TypeError for a `k` that is no number."""
         check_whole('k', k, 0)
         if not hasattr(self.dl, 'get_idxs'): raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
         if not len(self.rows) == self.total == len(self.dl.dataset):

@@ -16,7 +16,9 @@ from .kernels.checks import warn
 
 # %% ../nbs/04_learner.ipynb #bce3be66
 class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
-    "What `Learner.to_smooth` installs: smooths where the logits get a gradient, and is plain cross entropy elsewhere, unless `smooth_valid`."
+    """What `Learner.to_smooth` installs: smooths where the logits get a gradient, and is plain cross entropy elsewhere, unless `smooth_valid`.
+
+    In nats. Parameters, shapes and sources are those of `LabelSmoothingCrossEntropyFlat`. Raises what `LabelSmoothingCrossEntropyFlat` raises."""
     def __init__(self, *args,
         hard, # The loss it replaces
         smooth_valid:bool=False, # Smooth everywhere
@@ -88,9 +90,9 @@ def _found_loss(learn):
 # %% ../nbs/04_learner.ipynb #ad81fcce
 @patch
 def to_smooth(self:Learner,
-    eps:float=None, # Smoothing (None: .1, or .05 for multi-label losses); one-class losses also take a Tensor[K]
+    eps:float=None, # Smoothing in [0,1] (None: .1), for multi-label losses in [0,1/2] (None: .05); one-class losses also take a Tensor[K]
     *,
-    prior:Tensor|str=None, # Where the mass goes: a tensor, or 'train' for the label frequencies of `dls.train`
+    prior:Tensor|str=None, # Where the mass goes: Tensor[K], for one-class losses also [K,K], or 'train' for the label frequencies of `dls.train`
     spread:str='all', # One-class losses: 'all' (true class 1-eps+eps/K, others eps/K) or 'others' (1-eps, eps/(K-1))
     smooth_valid:bool=False # Smooth the validation loss too
 ) -> Learner: # self
@@ -101,7 +103,8 @@ def to_smooth(self:Learner,
     `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added. Called again, it replaces what it did before; `to_hard` undoes it.
     The loss it found is left as it is.
 
-    Raises a TypeError for any other loss, and a ValueError for options out of range; the Learner is then unchanged."""
+    Raises a TypeError for any other loss, and for `prior='train'` where the labels can't be counted, and a ValueError for options out of
+    range; the Learner is then unchanged."""
     loss,cbs = _found_loss(self),[]
     options = _options(loss)
     if options is None: new,cbs = loss,[_smooth_sigmoid(self.dls, eps, prior, spread, smooth_valid)]

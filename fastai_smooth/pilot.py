@@ -88,13 +88,15 @@ def pilot(
     learn:Learner, # Is left as it is, whatever happens inside
     seed:int=42, # Of all random numbers inside
     train:bool=True, # A model and data loaders of its own? Else only to predict with
-):
-    """A Learner like `learn` to train or predict with: same weights, optimizer state, data and callbacks, but for those that log, save or stop early. It has
-    no metrics and prints no table.
+) -> Iterator[Learner]: # For `with`: the copy
+    """A Learner like `learn` to train or predict with: same weights, optimizer state, data and callbacks, but for those that log, save
+    or stop early. It has no metrics and prints no table.
 
-    Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders; and random states. A training takes
-    the memory of one more model, its gradients and its optimizer's state. Raises a TypeError where the model can't be copied, and a RuntimeError inside `distrib_ctx`, where each
-    process would see its own part of the data, and come to its own result."""
+    Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders;
+    and random states. A training takes the memory of one more model, its gradients and its optimizer's state.
+
+    Raises a TypeError where the model can't be copied or `seed` is no number, a ValueError for a seed that is not whole, and a
+    RuntimeError inside `distrib_ctx`, where each process would see its own part of the data, and come to its own result."""
     if hasattr(learn, 'distributed_trainer'): raise RuntimeError('inside distrib_ctx each process sees its own part of the data: call this before or after it')
     check_whole('seed', seed)
     modes = {m:m.training for m in learn.model.modules()} if isinstance(learn.model, nn.Module) else {}
@@ -109,7 +111,7 @@ class RawPreds(NamedTuple):
     logits:Tensor # (N,K), or (N,) for single events
     targs:Tensor  # (N,) class indices, or shaped like `logits`
     rows:Tensor   # (N,) number of the prediction: with one a data item, of the item; else in the order of the data loader
-    total:int     # of predictions, of which these are some or all
+    total:int     # number of predictions, of which these are some or all
 
 class _GatherRows(Callback):
     "Keeps logits and targets, or a sample of them"
@@ -131,8 +133,11 @@ def raw_preds(
     dl:DataLoader=None, # Data to predict
     max_numel:int=2**26, # Logits to keep; of more a sample is kept, of 1,000 rows at least
     seed:int=0, # Decides the sample
-) -> RawPreds:
-    "Logits of `learn` with their targets, one row a prediction; ignored ones are left out. Raises a ValueError where there are none."
+) -> RawPreds: # float32 (float64 for such logits), on the CPU
+    """Logits of `learn` with their targets, one row a prediction; ignored ones are left out.
+
+    Raises a ValueError where there are no predictions with a target, where predictions and targets don't go together, and for numbers
+    out of range; a TypeError where they are no tensors; and a RuntimeError inside `distrib_ctx`."""
     if dl is None: dl = learn.dls[check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)]
     check_whole('max_numel', max_numel), check_whole('seed', seed)
     with _same_random_after([dl]), pilot(learn, train=False) as quiet:

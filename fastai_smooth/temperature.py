@@ -10,8 +10,7 @@ from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 from scipy.optimize import brentq
 from .callback import _unmixed
-from .kernels.checks import warn
-from .kernels.checks import check_dense, check_whole
+from .kernels.checks import check_dense, check_whole, warn
 from .losses import tempered, untempered
 from .pilot import raw_preds
 
@@ -22,24 +21,30 @@ def _slope(logits, targs, beta):
     if targs.ndim == logits.ndim: return ((torch.sigmoid(beta*logits) - targs)*finite).mean().item()
     return ((F.softmax(beta*logits, 1)*finite).sum(1) - logits.gather(1, targs[:,None])[:,0]).mean().item()
 
-def row_nll(logits, targs):
-    "NLL of each row, of float64 `logits` (N,K) or (N,): the mean over its labels."
+def row_nll(
+    logits:Tensor, # (N,K), or (N,) for single events
+    targs:Tensor, # (N,) class indices, or 0/1 shaped like `logits`
+) -> Tensor: # (N,), in nats
+    "Negative log likelihood of each row, what `nll` is the mean of: that of the true class, or the mean over the labels of the row."
     if targs.ndim < logits.ndim: return F.cross_entropy(logits, targs, reduction='none')
     res = F.binary_cross_entropy_with_logits(logits, targs.double(), reduction='none')
     return res.mean(1) if res.ndim == 2 else res
 
 def _nll(logits, targs): return row_nll(logits.double(), targs).mean().item()
 
-def spread(logits):
-    "The size of the differences that count: of the two largest logits of a row, or of logits from 0. Masked classes, at -inf or -1e4, have no say"
+def spread(
+    logits:Tensor, # (N,K), or (N,) for single events
+) -> float: # Above 0, or 0. where all logits are alike
+    """The size of the differences that count, for `best_temperature` to know where to look: the median one between the two largest
+    logits of a row, or between a logit and 0. Masked classes, at -inf or -1e4, have no say."""
     gaps = logits.topk(2, 1)[0].diff().abs() if logits.ndim == 2 and logits.shape[1] > 1 else logits.abs()
     gaps = gaps[gaps.isfinite() & (gaps > 0)]
     return gaps.median().item() if len(gaps) else 0.
 
 def check_logits(
-    logits, # (N,K), or (N,)
-    targs, # (N,) class indices, or shaped like `logits`, in [0,1]
-):
+    logits:Tensor, # (N,K), or (N,)
+    targs:Tensor, # (N,) class indices, or shaped like `logits`, in [0,1]
+) -> tuple: # logits, targs
     "Both as plain tensors, in float64 or int64; raises a TypeError or ValueError that says which of them is wrong."
     for name,o in (('logits',logits),('targs',targs)):
         check_dense(name, o)
@@ -55,8 +60,10 @@ def check_logits(
 def best_temperature(
     logits:Tensor, # (N,K), or (N,) for single events
     targs:Tensor, # (N,) class indices: softmax; or 0/1, shaped like `logits`: sigmoid
-) -> float: # None where there is none between 1/10,000 and 10,000 times what the two largest logits differ by
-    "The T for which `logits/T` have the smallest NLL. Never worse than T=1 on these rows."
+) -> float: # Above 0; None where there is none between 1/10,000 and 10,000 times what the two largest logits differ by
+    """The temperature T for which `logits/T` have the smallest NLL. Never worse than T=1 on these rows.
+
+    Raises a TypeError or ValueError for logits and targets that don't go together. Guo et al. 2017 (arXiv:1706.04599)."""
     logits,targs = check_logits(logits, targs)
     def slope(log_beta): return _slope(logits, targs, math.exp(log_beta))
     size = spread(logits)
@@ -73,7 +80,9 @@ def cross_fitted(
     folds:int=5, # Parts; each gets the temperature of the others
     seed:int=0, # Decides the parts
 ) -> Tensor: # Shaped like `logits`
-    "`logits` divided by temperatures that were fitted to other rows than their own (1 where none could be found)."
+    """`logits` divided by temperatures that `best_temperature` fitted to other rows than their own (1 where none could be found).
+
+    Raises a TypeError or ValueError for logits and targets that don't go together, and for `folds` and `seed` that are no whole numbers."""
     check_logits(logits, targs)
     check_whole('folds', folds, 1), check_whole('seed', seed)
     if not logits.is_floating_point(): logits = logits.double()
@@ -100,7 +109,7 @@ def _check_activation(loss, logits, targs):
         raise TypeError(f'the activation of {name} is not {"sigmoid" if multi else "softmax"}: a temperature is for logits that it makes probabilities of')
 
 class TemperatureReminder(Callback):
-    "Says, when a training starts, that the temperature of the Learner was fitted before it"
+    "Says, when a training starts, that the temperature of the Learner was fitted before it. `Learner.fit_temperature` adds it."
     said = False
     def before_fit(self): self.said = False # also comes before predictions, which are no training
     def before_train(self):
@@ -110,7 +119,7 @@ class TemperatureReminder(Callback):
              'or reset_temperature')
 
 @patch(as_prop=True)
-def temperature(self:Learner) -> float:
+def temperature(self:Learner) -> float|list: # Above 0
     "What logits are divided by on their way to probabilities: 1. if `fit_temperature` was not called, a list where there is one a label."
     return getattr(getattr(_unmixed(self.loss_func), 'activation', None), 'temperature', 1.)
 
@@ -120,13 +129,14 @@ def fit_temperature(self:Learner,
     dl:DataLoader=None, # Data to fit T to: not training data
     per_label:bool=False, # Multi-label: one T a label, for which each must have been seen often
 ) -> Learner: # self
-    """Fits the temperature T by which logits are divided on their way to probabilities: `get_preds`, `predict`, `tta`, `show_results` and exported Learners give
-    calibrated ones. Decisions, by argmax or a threshold of .5, don't change, nor do losses and training.
+    """Fits the temperature T by which logits are divided on their way to probabilities: `get_preds`, `predict`, `tta`, `show_results`
+    and exported Learners give calibrated ones. Decisions, by argmax or a threshold of .5, don't change, nor do losses and training.
 
-    On the data it is fitted to, NLL is never worse than before. Where there is no best T, such as where every row is right, warns and leaves T=1.
-    Labels that are wrong ask for too much modesty: fit T to clean ones where there are any.
-    Raises a TypeError for a loss without an activation, a ValueError for data without targets; the Learner is then unchanged.
-    Guo et al. 2017 (arXiv:1706.04599)."""
+    On the data it is fitted to, NLL is never worse than before. Where there is no best T, such as where every row is right, warns and
+    leaves T=1. Labels that are wrong ask for too much modesty: fit T to clean ones where there are any.
+
+    Raises a TypeError for a loss without an activation, or with one that is neither softmax nor sigmoid, a ValueError for data without
+    targets, and a RuntimeError inside `distrib_ctx`; the Learner is then unchanged. Guo et al. 2017 (arXiv:1706.04599)."""
     loss = untempered(_unmixed(self.loss_func))
     _check_has_activation(loss)
     preds = raw_preds(self, ds_idx, dl)

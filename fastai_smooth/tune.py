@@ -39,18 +39,19 @@ def _some(logits, targs, max_numel):
     return logits[idx].double(),targs[idx].double() if targs.ndim == 2 else targs[idx].long()
 
 class NoiseEstimate(NamedTuple):
-    "Share of labels that are random, with a 95% interval."
-    noise:float
-    low:float
-    high:float
+    "Share of labels that are random, with a 95% interval: what `noise_estimate` gives."
+    noise:float # Share in [0,1)
+    low:float   # Lower end of its interval, a share
+    high:float  # Upper end, a share
 
 def noise_estimate(
     logits:Tensor, # (N,K) of data the model was not trained on
     targs:Tensor, # (N,) class indices, or (N,K) of 0/1
     max_numel:int=2*10**6, # Logits to use at most; of more a sample of rows
 ) -> NoiseEstimate:
-    """Which share of `targs` is any class at random (of labels: any of 0 and 1), as far as these `logits` can tell. The interval holds if a temperature is all that they
-    lack; the labels of a row count as one observation."""
+    """Which share of `targs` is any class at random (of labels: any of 0 and 1), as far as these `logits` can tell, by maximum likelihood.
+    The interval, of a likelihood ratio (Wilks 1938), holds if a temperature is all that they lack; the labels of a row count as one
+    observation. Raises a TypeError or ValueError for logits and targets that don't go together."""
     if check_logits(logits, targs)[0].ndim < 2: raise ValueError(f'logits must be (N,K), got {tuple(logits.shape)}')
     logits,targs = _some(logits, targs, check_whole('max_numel', max_numel))
     profile = partial(_profile, logits, targs)
@@ -63,14 +64,14 @@ def noise_estimate(
 # %% ../nbs/09_tune.ipynb #1d54f820
 class EpsSuggestion(NamedTuple):
     "What `Learner.eps_find` found; intervals are of 95%."
-    eps:float                   # the suggestion
-    eps_interval:tuple          # its interval from the pilot's error; for the grid, the values of eps that are as good
-    noise:float                 # share of validation labels that are random, as far as the pilot tells
-    noise_interval:tuple
-    valid_error:float           # of the pilot with eps=0; of labels, the share of wrong ones
-    valid_error_interval:tuple
-    verdict:str                 # what the suggestion rests on
-    scores:pd.DataFrame=None    # of the grid: one row an eps
+    eps:float                   # The suggestion, in [0,1]; of multi-label, in [0,1/2]
+    eps_interval:tuple          # (low, high) from the pilot's error; for the grid, the values of eps that are as good
+    noise:float                 # Share of validation labels that are random, as far as the pilot tells
+    noise_interval:tuple        # (low, high)
+    valid_error:float           # Share of wrong decisions of the pilot with eps=0; of labels, of all of them
+    valid_error_interval:tuple  # (low, high)
+    verdict:str                 # What the suggestion rests on
+    scores:pd.DataFrame=None    # Of the grid, one row an eps: NLL in nats, how far behind the best, standard error, temperature, error
 
 _smooth_sigmoids = LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat
 
@@ -204,21 +205,23 @@ def eps_find(self:Learner,
     *,
     full:bool=False, # Train a pilot for each of `epss`, and compare?
     epss:list=None, # With `full`: values to try beside 0 (None: .05, .1, .2, .4; half of that for multi-label)
-    share:float=.3, # Of `n_epoch`, which a pilot trains
+    share:float=.3, # Share of `n_epoch` that a pilot trains
     fit:Callable=None, # What trains a pilot, such as lambda o: o.fine_tune(3) (None: fit_one_cycle)
-    cap:float=.4, # Largest eps to suggest from one pilot; half of that for multi-label
+    cap:float=.4, # Largest eps in [0,1] to suggest from one pilot; half of that for multi-label
     ds_idx:int=1, # Which of `dls` is predicted: data that pilots are not trained on, with labels as noisy
     seed:int=42, # Of all random numbers of a pilot
     show_plot:bool=True, # Plot what was found?
     **kwargs # prior and spread of `to_smooth`, for `full`
 ) -> EpsSuggestion: # First of all `eps`; of multi-label, the eps of 1-eps and eps
-    """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its validation error; with `full`, trains
-    a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after temperature, is within one standard error of the best, or as before where all are.
+    """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its
+    validation error; with `full`, trains a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after
+    temperature, is within one standard error of the best, or as before where all are.
 
-    Its intervals take predictions to be independent, which pixels of an image or words of a text are not.
+    Its intervals take predictions to be independent, which pixels of an image or words of a text are not. The Learner is left as it is,
+    also after an exception or Ctrl-C. It takes the memory of one more model and optimizer.
 
-    The Learner is left as it is, also after an exception or Ctrl-C. It takes the memory of one more model and optimizer. Raises a TypeError for a loss that can't be
-    smoothed, and a ValueError for options out of range."""
+    Raises a TypeError for a loss that can't be smoothed, a ValueError for options out of range and for a pilot that diverged, and a
+    RuntimeError inside `distrib_ctx`. Source: this package, by `noise_estimate` and `best_temperature`; the rule is measured on the page of this method."""
     if isinstance(n_epoch, bool): raise TypeError(f'n_epoch is a number of epochs, got {n_epoch}: full={n_epoch} is given by name')
     for name,v,low,high in (('n_epoch',n_epoch,1,10**9), ('share',share,1e-9,1), ('cap',cap,1e-9,1)): check_number(name, v, low, high)
     check_whole('seed', seed)

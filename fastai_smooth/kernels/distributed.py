@@ -16,8 +16,9 @@ def mean_denominator(
 ) -> Tensor: # A float32 scalar (float64 for a float64 weight)
     """What `reduction='mean'` divides by: the number of rows that are not ignored, or the sum of the weights of their classes.
 
-    Raises a ValueError for other targets than class indices, whose mean is over all rows, and an IndexError for one out of range
-    on the CPU (on CUDA the loss will be nan)."""
+    Raises a ValueError for other targets than class indices, whose mean is over all rows, and for weights of another shape; a
+    TypeError for what is no tensor of real numbers; and an IndexError for a class index out of range on the CPU (on CUDA the
+    loss will be nan)."""
     check_dense('target', target)
     check_whole('ignore_index', ignore_index)
     if not is_index(target): raise ValueError(f"target must be class indices, got {target.dtype}: the mean of other targets is over all rows")
@@ -29,14 +30,15 @@ def mean_denominator(
     return of_rows.masked_fill(~kept, 0).sum()
 
 def global_mean(
-    loss_sum: Tensor,     # The sum of this process' losses: `reduction='sum'`
-    denominator: Tensor,  # What this process' mean would be over, such as `mean_denominator(...)`
+    loss_sum: Tensor,     # The sum of this process' losses, a scalar: `reduction='sum'`
+    denominator: Tensor,  # What this process' mean would be over, a scalar or number such as `mean_denominator(...)`
     group=None,           # The data-parallel process group (None: all processes)
 ) -> Tensor: # A scalar, whose mean over the processes is the mean over all rows; 0. where there are none
     """The loss to call `backward` on under DDP, so that its averaged gradients are those of the mean over the rows of all processes.
 
-    `loss_sum` is a sum, and no mean that is multiplied: a mean of rows that all weigh 0 is nan. One all-reduce of one number, so each process of the group has to call it. Without an initialised process group it is
-    `loss_sum / denominator`.
+    `loss_sum` is a sum, and no mean that is multiplied: a mean of rows that all weigh 0 is nan. One all-reduce of one
+    number, so each process of the group has to call it. Without an initialised process group it is
+    `loss_sum / denominator`. Raises a ValueError for what is no scalar, a TypeError for what is no tensor or number.
 
     ```python
     loss = smooth_cross_entropy(logits, target, weight=w, reduction='sum')

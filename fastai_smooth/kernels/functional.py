@@ -47,7 +47,7 @@ def smooth_targets(
     multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
     sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
 ) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new last axis of K
-    """The smoothed target q itself, dense: (1-eps)*y + eps*u, and with `sigmoid` (1-2*eps)*y + 2*eps*u.
+    """The smoothed target q itself, dense: `(1-eps)*y + eps*u`, and with `sigmoid` `(1-2*eps)*y + 2*eps*u`.
 
     Class indices of shape (...) give q of shape (...,K); labels of shape (...,K) keep it: floating ones (one-hot or
     soft), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is 1/K, and with
