@@ -2,7 +2,7 @@
 """Write README.md from nbs/index.ipynb: `python .ci/readme.py`, or with `--check` only say whether it is up to date.
 
 The form is that of `nbdev-readme`, which needs Quarto; this needs the standard library alone."""
-import json, re, sys
+import base64, json, re, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -15,22 +15,26 @@ def directives(source):
     lines, opts = source.splitlines(), {}
     while lines and lines[0].startswith('#|'):
         key, _, value = lines.pop(0)[2:].strip().partition(':')
-        opts[key.strip()] = value.strip().lower()
+        opts[key.strip()] = value.strip()
     return opts, '\n'.join(lines).strip('\n')
 
 def markdown(source):
     "A Markdown cell; links to other notebooks, which are relative to nbs/, made relative to README.md"
-    return re.sub(r'\]\((\w+\.ipynb)', r'](nbs/\1', source).strip('\n')
+    return re.sub(r'\]\(((?:\w+/)*\w+\.ipynb)', r'](nbs/\1', source).strip('\n')
 
 def header(source):
     "The notebook's title cell: title, the warning that the file is generated, subtitle"
     title, *rest = source.strip().split('\n', 1)
     return '\n'.join([title, '', '', warning, '', markdown('\n'.join(rest))])
 
-def outputs(cell):
-    "The outputs of a code cell: Markdown as it is, text indented by four spaces as nbdev-readme has it"
+def outputs(cell, opts, pictures):
+    "The outputs of a code cell: Markdown as it is, text indented by four spaces as nbdev-readme has it; pictures become files"
     for out in cell.get('outputs', []):
         data = out.get('data', {})
+        if 'image/png' in data:
+            pictures.append(base64.b64decode(text(data['image/png'])))
+            yield f"![{opts.get('fig-alt', '')}]({picture(len(pictures))})"
+            continue
         if out['output_type'] == 'stream' and out.get('name') == 'stdout': s, fmt = text(out['text']), 'plain'
         elif 'text/markdown' in data: s, fmt = text(data['text/markdown']), 'markdown'
         elif 'text/plain' in data: s, fmt = text(data['text/plain']), 'plain'
@@ -38,28 +42,31 @@ def outputs(cell):
         s = s.rstrip('\n')
         yield s if fmt == 'markdown' else '\n'.join(f'    {o}'.rstrip() for o in s.splitlines())
 
-def code(cell):
+def code(cell, pictures):
     opts, source = directives(text(cell['source']))
     if 'hide' in opts or opts.get('include') == 'false': return
     if source and opts.get('echo') != 'false': yield f'``` python\n{source}\n```'
-    if opts.get('output') != 'false': yield from outputs(cell)
+    if opts.get('output') != 'false': yield from outputs(cell, opts, pictures)
 
 def readme(nb):
-    "README.md as one string, from a notebook as a dict"
-    first, *cells = nb['cells']
+    "README.md as one string, and its pictures as bytes, from a notebook as a dict"
+    (first, *cells), pictures = nb['cells'], []
     parts = [header(text(first['source']))]
     for cell in cells:
         if cell['cell_type'] == 'markdown': parts.append(markdown(text(cell['source'])))
-        elif cell['cell_type'] == 'code': parts += code(cell)
-    return '\n\n'.join(parts) + '\n'
+        elif cell['cell_type'] == 'code': parts += code(cell, pictures)
+    return '\n\n'.join(parts) + '\n', pictures
+
+def picture(n): return f'nbs/images/readme-{n}.png'
 
 def main(argv):
-    made = readme(json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8')))
-    path = root/'README.md'
+    made, pictures = readme(json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8')))
+    files = {'README.md': made.encode()} | {picture(n): o for n, o in enumerate(pictures, 1)}
     if argv == ['--check']:
-        if path.exists() and path.read_text(encoding='utf-8') == made: return
-        return 'README.md is not what nbs/index.ipynb gives: run `python .ci/readme.py`'
+        stale = [f for f, o in files.items() if not (root/f).exists() or (root/f).read_bytes() != o]
+        return f"{', '.join(stale)}: not what nbs/index.ipynb gives: run `python .ci/readme.py`" if stale else None
     if argv: return f'{argv}: expected nothing or --check'
-    path.write_text(made, encoding='utf-8')
+    (root/picture(1)).parent.mkdir(exist_ok=True)
+    for f, o in files.items(): (root/f).write_bytes(o)
 
 if __name__ == '__main__': sys.exit(main(sys.argv[1:]))

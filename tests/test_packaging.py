@@ -148,10 +148,12 @@ def test_readme_is_made_from_cells():
     def code(source, *outputs): return {'cell_type': 'code', 'source': source, 'outputs': outputs}
     plain = {'output_type': 'execute_result', 'data': {'text/plain': ['1\n', '2']}}
     shown = {'output_type': 'display_data', 'data': {'text/plain': 'M', 'text/markdown': '*m*'}}
+    drawn = {'output_type': 'display_data', 'data': {'text/plain': '<Figure>', 'image/png': 'ZG90\n'}}
     noise = {'output_type': 'stream', 'name': 'stderr', 'text': 'noise'}
     cells = [md(['# T\n', '> sub']), md('[l](01_losses.ipynb#x)'), code('#| hide\nsecret()'),
-             code('#| echo: false\nshown()', shown), code('a = 1\na', plain, noise)]
-    assert made.readme({'cells': cells}) == f'''# T
+             code('#| echo: false\nshown()', shown), code('#| echo: false\n#| fig-alt: A dot\ndraw()', drawn), code('a = 1\na', plain, noise)]
+    readme, pictures = made.readme({'cells': cells})
+    assert pictures == [b'dot'] and readme == f'''# T
 
 
 {made.warning}
@@ -161,6 +163,8 @@ def test_readme_is_made_from_cells():
 [l](nbs/01_losses.ipynb#x)
 
 *m*
+
+![A dot](nbs/images/readme-1.png)
 
 ``` python
 a = 1
