@@ -309,7 +309,8 @@ def load_images(
     elif not args.root: raise BadInput('--data fashion: needs --root DIR, where it is, or goes with --download')
     if args.data == 'fashion': return fashion(args.root, args.download)
     if args.data == 'digits': return digits()
-    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = args.out.resolve().is_relative_to(Path(args.data).resolve()) and Path(args.data).is_dir()
+    with or_bad_input(f'--out {str(args.out)[:200]}: no such folder'): out = args.out.resolve()
+    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = out.is_relative_to(Path(args.data).resolve()) and Path(args.data).is_dir()
     if inside:
         raise BadInput(f'--out {args.out}: lies in --data {args.data}, where the plot would count as an image')
     return image_folder(args.data)
