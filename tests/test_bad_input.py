@@ -296,7 +296,7 @@ def odd_logits(pick, a):
     where = rand(g, *x.shape) < .3
     kind = pick(['nan', 'inf', 'masked', 'masked', 'huge', 'colossal', 'tiny', 'equal', 'mixed'])
     if kind in ('nan', 'inf'):
-        need(a.get('weight') is None or (a['weight'] > 0).all())
+        need(a.get('weight') is None or (a.tensor('weight') > 0).all())
         x[where] = NAN if kind == 'nan' else INF
     if kind == 'masked':
         need(not a.negative_labels and not a.one_hot_prior and (a.get('spread') != 'others' or a.kind != 'soft'))

@@ -378,6 +378,15 @@ def test_masked_logits_true_class_masked_without_mass():
     assert abs(smooth_cross_entropy(x, torch.tensor([1]), 1.) - expected) < 1e-12
 
 
+@pytest.mark.parametrize('eps', [.2, .75, 1.])
+def test_masked_logits_some_of_several_positives_masked(eps):
+    "with spread='others' too a positive has (1-eps)/n, masked or not: +inf but for eps=1. At .75 'all' with eps*K/(K-n) has 0 there"
+    x, y = torch.tensor([[1., -INF, 2., 0., -1.], [.5, 1., -1., 2., 0.]]).double(), torch.tensor([[0, 1, 1, 0, 0], [1, 0, 1, 0, 0]])
+    same_as_reference(x, y, eps, reduction='none', spread='others', multi_hot=True)
+    w = torch.tensor([.5, 3., 1., 2., .25]).double()
+    same_as_reference(x, y, eps, reduction='none', spread='others', multi_hot=True, weight=w)
+
+
 def test_masked_logits_row_all_masked():
     "nan, as PyTorch; the other rows are not touched"
     x = torch.tensor([[-INF, -INF], [1., 2.]]).double()

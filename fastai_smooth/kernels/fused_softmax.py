@@ -118,8 +118,12 @@ def terms(state, eps, x_y, w_y, PRIOR: tl.constexpr, INDEX: tl.constexpr, MULTI_
         rest = size - reached
         e = tl.where(rest > 0, eps * size / tl.where(rest > 0, rest, 1.), 0.)
     own = 1 - e + tl.zeros_like(size)
+    masked = own  # that of positives that are
     if MULTI_HOT:  # a row with no positive is all smoothing
-        own = tl.where(n == 0, 0., own / tl.where(n == 0, 1., n))
+        if OTHERS: masked = tl.where(rest > 0, 1 - eps, 1.)
+        masked = tl.where(n == 0, 0., masked / tl.where(n == 0, 1., n))
+        own = masked
+        if OTHERS: own = tl.where(n == 0, 0., masked - e / size)  # the uniform part, which all that are not masked get, taken back
         e = tl.where(n == 0, 1., e)
     if PRIOR:
         alone = mass == 0
@@ -131,9 +135,9 @@ def terms(state, eps, x_y, w_y, PRIOR: tl.constexpr, INDEX: tl.constexpr, MULTI_
         own_w, lost = w_y, tl.where(here, 0., w_y)
         own_z = tl.where(here, w_y * (x_y - m), 0.)
         total = own * own_w + each * share
-    else: total = own * (own_w + lost) + each * share
+    else: total = own * own_w + masked * lost + each * share
     loss = total * tl.log(s) - (own * own_z + tl.where(each == 0, 0., each * share_z))  # share_z may be -inf
-    loss = tl.where(own * lost != 0, INF, loss)
+    loss = tl.where(masked * lost != 0, INF, loss)
     dead = m == -INF  # all masked
     return tl.where(dead, INF - INF, loss), tl.where(dead, INF - INF, m), s, total, own, each, alone
 

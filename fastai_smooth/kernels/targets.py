@@ -45,12 +45,13 @@ class Smoothing:
         size = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
         eps, n = self.eps, y.sum(axis, keepdim=True) if self.multi_hot else 1
         if isinstance(eps, Tensor): eps = of_class(eps, index).unsqueeze(axis)
-        u = self._shares(y, axis, index, size, keep)
-        reached = n
-        if keep is not None and self.spread == 'others':  # masked positives are not among the `size` classes
-            if self.multi_hot: reached = (y * keep).sum(axis, keepdim=True)
-            else: reached = ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
-        eps = effective_eps(eps, self.spread, reached, size)
+        if self.multi_hot and self.spread == 'others':  # said outright: of several positives, some may be masked
+            other = y == 0 if keep is None else (y == 0) & keep
+            rest = other.sum(axis, keepdim=True, dtype=y.dtype)
+            u, eps = other / torch.where(rest > 0, rest, 1), eps * (rest > 0).to(y.dtype)
+        else:
+            reached = 1 if keep is None or self.spread == 'all' else ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
+            u, eps = self._shares(y, axis, index, size, keep), effective_eps(eps, self.spread, reached, size)
         if self.multi_hot:  # a row with no positive is all smoothing
             none = n == 0
             y, eps = y / torch.where(none, 1, n), eps + (1 - eps) * none.to(y.dtype)
