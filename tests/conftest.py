@@ -15,6 +15,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(optionalhook=True)   # pytest-xdist may be missing
+def pytest_xdist_make_scheduler(config, log):
+    "A process with nothing left to do takes tests from the other, not all of whose are short: --dist worksteal, unless something else is asked for"
+    from xdist.scheduler import WorkStealingScheduling
+    return WorkStealingScheduling(config, log) if config.getoption('dist') == 'load' else None
+
+
 if FUSED:
     def pytest_collection_modifyitems(items): on_triton.leave_out(items)
     def pytest_terminal_summary(terminalreporter): terminalreporter.write_line(on_triton.report())
