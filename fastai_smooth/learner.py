@@ -51,7 +51,7 @@ def _options(loss):
     if loss is F.cross_entropy: return _functional
     if type(loss) in _softmax_options: return _softmax_options[type(loss)](loss)
     if type(loss) in _sigmoid_losses: return None
-    supported = ', '.join(t.__name__ for t in (*_softmax_options, *_sigmoid_losses))
+    supported = ', '.join(dict.fromkeys(t.__name__ for t in (*_softmax_options, *_sigmoid_losses))) # ours has the name of fastai's
     raise TypeError(f"can't smooth the labels of {_name(loss)}: supported are {supported} and F.cross_entropy "
                     "(exactly these, no subclasses). Pass a loss that smooths as loss_func= instead")
 

@@ -59,9 +59,18 @@ def unet(d, **kwargs):
     return unet_learner(d.masks, tiny_arch, pretrained=False, **{'loss_func': CrossEntropyLossFlat(axis=1, ignore_index=VOID), **kwargs})
 
 
+def regularised(learn):
+    "With an RNN's regularisers on; fastai 2.8.1 takes their factors, and forgets them"
+    return learn if learn._grab_cbs(RNNRegularizer) else learn.add_cb(RNNRegularizer(2., 1.))
+
+
+def text_classifier(d, **kwargs):
+    return regularised(text_classifier_learner(d.texts, AWD_LSTM, config=small_clas_config(), pretrained=False, **kwargs))
+
+
 def language_model(d, loss_func=None, **kwargs):
     "fastai passes the loss itself: another one is set afterwards"
-    learn = language_model_learner(d.words, AWD_LSTM, config=small_lm_config(), pretrained=False, **kwargs)
+    learn = regularised(language_model_learner(d.words, AWD_LSTM, config=small_lm_config(), pretrained=False, **kwargs))
     if loss_func is not None: learn.loss_func = loss_func
     return learn
 
@@ -78,9 +87,7 @@ KINDS = dict(
     timm=Kind(lambda d, **k: vision_learner(d.digits, 'resnet10t', pretrained=False, **k), lambda d: d.digits.valid_ds.items[0]),
     unet=Kind(unet, lambda d: d.masks.valid_ds.items[0], {'ClassificationInterpretation'}, dict(axis=1, ignore_index=VOID)),
     tabular=Kind(lambda d, **k: tabular_learner(d.table, layers=[8], **k), lambda d: d.row),
-    text_classifier=Kind(
-        lambda d, **k: text_classifier_learner(d.texts, AWD_LSTM, config=small_clas_config(), pretrained=False, **k),
-        lambda d: TEXTS[0], {'show_results', 'Interpretation.show_results'}),
+    text_classifier=Kind(text_classifier, lambda d: TEXTS[0], {'show_results', 'Interpretation.show_results'}),
     language_model=Kind(language_model, lambda d: 'the cat sat', {'get_preds', 'ClassificationInterpretation', 'plot_top_losses'}),
     multi_vision=Kind(lambda d, **k: vision_learner(d.pairs, tiny_arch, pretrained=False, **k), lambda d: d.pairs.path/'3.png'),
     multi_tabular=Kind(lambda d, **k: tabular_learner(d.multi_table, layers=[8], **k), lambda d: d.row))
