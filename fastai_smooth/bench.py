@@ -301,13 +301,13 @@ def measure(
     return rows,out
 
 # %% ../nbs/12_bench.ipynb #ebe80192
-COLUMNS = '{:<15}{:>10}{:>9}{:>15}{:>9}{:>9}{:>9}{:>9}'
+COLUMNS = '{:<18}{:>10}{:>9}{:>15}{:>9}{:>9}{:>9}{:>9}'
 
 def table(
     rows:list, # what `measure` gives
 ) -> str:
     "The rows of one case as text."
-    lines = [COLUMNS.format(rows[0]['case'].split()[0][:15], 'ms', '/ ours', '[quartiles]', 'of copy', 'memory', 'no grad', 'host us')]
+    lines = [COLUMNS.format(rows[0]['case'].split()[0], 'ms', '/ ours', '[quartiles]', 'of copy', 'memory', 'no grad', 'host us')]
     def cell(v, form): return '' if v is None else form.format(v)
     for r in rows:
         v = r.get('vs_ours')

@@ -35,7 +35,7 @@ def _check_hard(loss):
         raise ValueError(f'{name} smooths labels already: use it or MultiLabelSmoothingCallback, not both')
     if getattr(loss, 'y_int', False) or isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy: raise TypeError(_one_class.format(name))
 
-_one_class = '{} is for one class a row, given by its index: use loss_func=LabelSmoothingCrossEntropyFlat(), or Learner.to_smooth()'
+_one_class = '{} is for one class a row, given by its index: use loss_func=LabelSmoothingCrossEntropyFlat(), or CrossEntropyLossFlat() and Learner.to_smooth(), not this callback'
 
 # %% ../nbs/03_callback.ipynb #85ca0beb
 class MultiLabelSmoothingCallback(Callback):

@@ -87,6 +87,10 @@ def get_learner(
     return learn.to_smooth(eps) if eps else learn
 
 # %% ../nbs/11_compare.ipynb #f46386cf
+def _is_valid(data, seed): return split_valid(data.classes, seed) if data.is_valid is None else data.is_valid
+
+def _quiet(learn, progress): return ContextManagers([] if progress else [learn.no_bar(), learn.no_logging()])
+
 def one_run(
     data:ImageSet, # what `digits`, `fashion` or `image_folder` gives
     eps:float, # smoothing in [0,1]
@@ -102,12 +106,11 @@ def one_run(
     `get_learner` raises."""
     with no_random(seed):
         learn = get_learner(get_dls(data, seed, **kwargs), eps, arch, pretrained)
-        with ContextManagers([] if progress else [learn.no_bar(), learn.no_logging()]):
+        with _quiet(learn, progress):
             if pretrained: learn.fine_tune(epochs, lr)
             else: learn.fit_one_cycle(epochs, lr)
             logits,targs = learn.get_preds(act=noop)
-    valid = split_valid(data.classes, seed) if data.is_valid is None else data.is_valid
-    return dict(eps=eps, seed=seed, **score(logits, targs, torch.tensor(np.flatnonzero(valid))))
+    return dict(eps=eps, seed=seed, **score(logits, targs, torch.tensor(np.flatnonzero(_is_valid(data, seed)))))
 
 # %% ../nbs/11_compare.ipynb #18a18d21
 def tidy(
@@ -211,11 +214,12 @@ def choose_eps(
     lr:float=3e-3, # its learning rate
     noise:float=0., # share of wrong training labels
     bs:int=64, # batch size
+    progress:bool=True, # show progress bars?
     **kwargs # size, augment and workers, for `get_dls`
 ) -> EpsSuggestion:
     """What `eps_find` suggests for the training images of seed 0. `BadInput` where the pilot fails, or there are fewer images left than
     a batch has."""
-    valid = split_valid(data.classes, 0) if data.is_valid is None else data.is_valid
+    valid = _is_valid(data, 0)
     classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
     train = ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
     n,n_train = min(epochs, max(3, round(.3*epochs))),(~train.is_valid).sum()
@@ -223,7 +227,7 @@ def choose_eps(
     def fit(learn): (learn.fine_tune if pretrained else learn.fit_one_cycle)(n, lr)
     with no_random(0):
         learn = get_learner(get_dls(train, 0, bs=bs, **kwargs), 0, arch, pretrained)
-        with or_bad_input(f'--eps auto: the pilot failed; try another --lr than {lr:g}, or give eps as a number'):
+        with or_bad_input(f'--eps auto: the pilot failed; try another --lr than {lr:g}, or give eps as a number'), _quiet(learn, progress):
             return learn.eps_find(epochs, fit=fit, show_plot=False)
 
 def _with_auto(epss, data, options):
@@ -233,9 +237,10 @@ def _with_auto(epss, data, options):
         warnings.simplefilter('always', UserWarning)
         found = choose_eps(data, **options)
     print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(found.eps, *found.eps_interval, found.valid_error))
-    print('random labels, as far as the pilot tells: {:.3f} [{:.3f}, {:.3f}]'.format(found.noise, *found.noise_interval), flush=True)
+    low,high = found.noise_interval
+    print('random labels, as far as the pilot tells: ' + (f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'), flush=True)
     for o in caught:
-        if 'suggestion is cut' in str(o.message): print(o.message, flush=True)
+        if 'suggestion is cut' in str(o.message): print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
     eps = round(found.eps, 3)
     return list(dict.fromkeys([0., eps] if epss == ['auto'] else [eps if o == 'auto' else o for o in epss]))
 
@@ -317,7 +322,7 @@ def load_images(
 
 def _run_options(args):
     res = {o:getattr(args, o) for o in 'arch pretrained epochs lr noise size bs augment workers'.split()}
-    return merge(res, dict(size=args.size or SIZES.get(args.data, 128)))
+    return merge(res, dict(size=args.size or SIZES.get(args.data, 128), progress=sys.stdout.isatty())) # no bars in a file
 
 # %% ../nbs/11_compare.ipynb #1bdae6cf
 def check_training(
@@ -330,7 +335,7 @@ def check_training(
 ):
     "`BadInput` unless a batch of `data` goes through a model as in training."
     find_arch(arch, pretrained)
-    n = (~(split_valid(data.classes, 0) if data.is_valid is None else data.is_valid)).sum()
+    n = (~_is_valid(data, 0)).sum()
     if bs > n: raise BadInput(f'--bs {bs}: there are {n} training images only; give --bs {n} or less')
     no_model = f"--pretrained: can't get weights for --arch {arch}" if pretrained else f'--arch {arch}: no good here'
     no_batch = f'--arch {arch} --size {size} --bs {bs}: a batch fails; try a larger size or bs, or another arch'
@@ -386,12 +391,15 @@ def compare(
     if args.data == 'digits': torch.set_num_threads(1)
     check_training(data, **options)
     check_out(args.out)
+    n_valid = _is_valid(data, 0).sum()
+    print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
     if 'auto' in args.eps: args.eps = _with_auto(args.eps, data, options)
     todo,runs = [(eps,seed) for seed in range(args.seeds) for eps in args.eps],[]
     try:
         for i,(eps,seed) in enumerate(todo):
             print(f'\nRun {i+1} of {len(todo)}: eps {eps:g}, seed {seed}', flush=True)
             runs.append(one_run(data, eps, seed, **options))
+            print('accuracy {accuracy:.4f}, nll {nll:.4f}'.format(**runs[-1]), flush=True)
             write_results(runs, args.out)
     except KeyboardInterrupt:
         if runs: report(runs, args)

@@ -205,7 +205,7 @@ class CalibrationInterpretation(Interpretation):
         check_whole('k', k, 0)
         if not hasattr(self.dl, 'get_idxs'): raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
         if not len(self.rows) == self.total == len(self.dl.dataset):
-            raise ValueError(f'most_overconfident needs one prediction an input, and all of them: there are {self.total} predictions, of which {len(self.rows)} are here')
+            raise ValueError(f'most_overconfident needs one prediction an input, and all of them: of {len(self.dl.dataset)} inputs there are {self.total} predictions, of which {len(self.rows)} were kept')
         sure,right = self._decisions(self.raw)
         wrong = torch.where(right, 0., sure).nan_to_num().view(len(self.rows), -1).amax(1)
         idx = wrong.argsort(descending=True)[:min(k, int((wrong > 0).sum()))]

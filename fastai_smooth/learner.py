@@ -27,6 +27,8 @@ class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
         super().__init__(*args, **kwargs)
         self.hard,self.smooth_valid = hard,smooth_valid
 
+    def __repr__(self): return f'{super().__repr__()}, smooth_valid={self.smooth_valid}'
+
     def __call__(self, inp, targ, **kwargs):
         training = torch.is_grad_enabled() and inp.requires_grad
         if not (training or self.smooth_valid): kwargs['eps'] = 0.
@@ -120,7 +122,9 @@ def to_hard(self:Learner) -> Learner: # self
 
     Raises a ValueError where there is nothing to undo."""
     loss,cbs = _found_loss(self),self._grab_cbs(MultiLabelSmoothingCallback)
-    if loss is untempered(_unmixed(self.loss_func)) and not cbs: raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it')
+    if loss is untempered(_unmixed(self.loss_func)) and not cbs: raise ValueError(
+        'this Learner has no smoothing to turn off: to_smooth was not called on it'
+        + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat)) else ''))
     self.loss_func = _with_temperature_of(self, loss)
     return self.remove_cbs(cbs)
 

@@ -115,7 +115,8 @@ class TemperatureReminder(Callback):
     def before_train(self):
         if self.said or self.learn.temperature == 1. or self.learn._grab_cbs(LRFinder): return
         self.said = True
-        warn(f'this Learner keeps the temperature {self.learn.temperature} that was fitted before this training: call fit_temperature again afterwards, '
+        t = self.learn.temperature
+        warn(f'this Learner keeps the temperature {t if is_listy(t) else round(t, 3)} that was fitted before this training: call fit_temperature again afterwards, '
              'or reset_temperature')
 
 @patch(as_prop=True)

@@ -17,11 +17,15 @@ def seeded():
 
 @pytest.hookimpl(optionalhook=True)   # pytest-xdist may be missing
 def pytest_xdist_make_scheduler(config, log):
-    "A process with nothing left to do takes tests from the other, not all of whose are short: --dist worksteal, unless something else is asked for"
+    "A process with nothing left to do takes tests from the other, not all of whose are short: --dist worksteal in place of load, the default of -n"
     from xdist.scheduler import WorkStealingScheduling
     return WorkStealingScheduling(config, log) if config.getoption('dist') == 'load' else None
 
 
+def pytest_collection_modifyitems(items):
+    if FUSED: on_triton.leave_out(items)
+    items.sort(key=lambda o: o.get_closest_marker('slow') is None)   # those first: in the end there are short ones to share out
+
+
 if FUSED:
-    def pytest_collection_modifyitems(items): on_triton.leave_out(items)
     def pytest_terminal_summary(terminalreporter): terminalreporter.write_line(on_triton.report())

@@ -67,6 +67,7 @@ wheel() { # built from a copy, so that nothing is left in the checkout; away fro
     "$python" -m pip wheel -q --no-deps -w "$tmp/dist" "$tmp/source"
     rm -r "$tmp/source"
     "$python" -m pip install -q "$tmp"/dist/*.whl pytest pytest-xdist hypothesis
+    "$python" -m pip install -q --force-reinstall --no-deps "$tmp"/dist/*.whl # a kept venv has one of the same version
     (cd "$tmp/away" && "$python" -c "
 import fastai_smooth, sysconfig
 print('tested is', fastai_smooth.__file__)

@@ -1,9 +1,10 @@
 """The command line: what it measures, worked by hand; that runs of one seed are pairs; that bad input is one line and
 exit code 2 before any training; that Ctrl-C keeps what is finished."""
-import math, os, re, signal, struct, subprocess, sys, time
+import math, os, re, signal, struct, subprocess, sys, time, warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 from urllib.error import URLError
 
 import numpy as np, pandas as pd, pytest, torch
@@ -18,6 +19,7 @@ from fastai_smooth.calibration import calibration_error, reliability
 from fastai_smooth.images import *
 from fastai_smooth.compare import *
 from fastai_smooth.compare import load_images
+from fastai_smooth.tune import EpsSuggestion
 
 DIGITS = digits()
 TINY = dict(arch='squeezenet1_1', epochs=1, bs=8, progress=False)
@@ -338,14 +340,25 @@ def test_eps_is_chosen_on_training_images_alone(monkeypatch):
     assert 0 <= found.eps <= .4 and found.eps == pytest.approx(min(.4, found.valid_error*10/9))
 
 def test_auto_is_compared_with_0(monkeypatch, tmp_path, capsys):
-    from fastai_smooth.tune import EpsSuggestion
     found = EpsSuggestion(.1234, (.1, .2), .01, (0., .05), .111, (.1, .15), 'closed form')
     monkeypatch.setattr(cmp, 'choose_eps', lambda *args, **kwargs: found)
     monkeypatch.setattr(cmp, 'one_run', fake_run)
     for eps,expected in (['auto'], [0, .123]), ([.3, 'auto'], [.3, .123]), ([.123, 0, 'auto'], [.123, 0]):
         assert run_main('--eps', *eps, '--seeds', 1, *ARCH, '--out', tmp_path) == 0
         assert pd.read_csv(tmp_path/'results.csv').eps.tolist() == expected
-        assert 'eps auto: 0.123 [0.100, 0.200]' in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert 'eps auto: 0.123 [0.100, 0.200]' in out and 'as far as the pilot tells: 0.010 [0.000, 0.050]\n' in out and 'cut to' not in out
+
+def test_auto_says_what_the_pilot_cannot_tell(monkeypatch, tmp_path, capsys):
+    "the words of `eps_find`'s warning are for whoever calls it; the command has other options"
+    def choose_eps(*args, **kwargs):
+        warnings.warn('the validation error of the pilot is 0.90, so the suggestion is cut to 0.4: ... n_epoch ...')
+        return EpsSuggestion(.4, (.4, .4), 0., (0., .9), .9, (.8, .95), 'closed form, cut to 0.4')
+    monkeypatch.setattr(cmp, 'choose_eps', choose_eps)
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    assert run_main('--eps', 'auto', '--seeds', 1, *ARCH, '--out', tmp_path) == 0
+    out = capsys.readouterr().out
+    assert 'as far as the pilot tells: it does not\n' in out and re.search('^cut to 0.4: .*; try more --epochs$', out, re.M) and 'n_epoch' not in out
 
 def test_auto_with_too_large_batches(photos, tmp_path, capsys, no_training):
     assert run_main('--data', photos, '--eps', 'auto', *ARCH, '--bs', 16, '--epochs', 1, '--out', tmp_path/'o') == 2
@@ -355,6 +368,7 @@ def test_auto_for_real(photos, tmp_path, capsys):
     assert run_main('--data', photos, '--eps', 'auto', *ARCH, '--bs', 4, '--epochs', 1, '--seeds', 1, '--out', tmp_path/'o') == 0
     out = capsys.readouterr().out
     eps = float(re.search(r'eps auto: (\S+) ', out)[1])
+    assert not {'\r', '█'} & set(out) and 'Epoch' not in out # nor does the pilot draw progress bars
     assert pd.read_csv(tmp_path/'o'/'results.csv').eps.tolist() == list(dict.fromkeys([0., eps]))
 
 
@@ -373,14 +387,18 @@ def test_from_end_to_end(photos, tmp_path, capsys):
     p = command(tmp_path/'a', *args)
     out,err = p.communicate(timeout=300)
     assert p.returncode == 0 and err == '', err
-    assert 'Epoch 1/1' in out and 'train_loss' in out # fastai's progress
+    assert re.search(r'^\d+ training and \d+ validation images of 2 classes$', out, re.M)
+    assert re.search(r'^Run 2 of 2: eps 0.2, seed 0\naccuracy \d\.\d{4}, nll \d+\.\d{4}$', out, re.M)
+    assert not {'\r', '█'} & set(out) and 'Epoch' not in out # no progress bars in a file
     res = pd.read_csv(tmp_path/'a'/'results.csv')
     assert list(res) == ['eps', 'seed', *METRICS, 'brier', 'brier_low', 'brier_high', 'ece', 'ece_low', 'ece_high',
                          'nll_after_t', 'nll_after_t_low', 'nll_after_t_high', 'temperature'] and res.eps.tolist() == [0, .2] and res.seed.tolist() == [0, 0]
     assert table(res).to_string(index=False) in out
     img = Image.open(tmp_path/'a'/'reliability.png')
     assert min(img.size) > 500 and len(img.convert('RGB').getcolors(1 << 24)) > 20
-    assert run_main('compare', *args, '--out', tmp_path/'b') == 0
+    with mock.patch.object(sys.stdout, 'isatty', return_value=True): assert run_main('compare', *args, '--out', tmp_path/'b') == 0
+    out = capsys.readouterr().out
+    assert 'Epoch 1/1' in out and 'train_loss' in out # fastai's progress
     assert (tmp_path/'a'/'results.csv').read_bytes() == (tmp_path/'b'/'results.csv').read_bytes()
 
 @pytest.mark.skipif(os.name == 'nt', reason='sends SIGINT')
@@ -432,11 +450,12 @@ def test_options_arrive(tmp_path, monkeypatch):
         seen.append((eps, seed, kwargs))
         return fake_run(data, eps, seed)
     monkeypatch.setattr(cmp, 'one_run', one_run)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: False)
     args = '--eps 0 .3 --seeds 2 --noise .25 --epochs 7 --arch xresnet18 --bs 16 --size 24 --lr .01 --workers 1'
     assert run_main(*args.split(), '--augment', '--out', tmp_path/'not'/'there'/'yet') == 0
     assert [o[:2] for o in seen] == [(0, 0), (.3, 0), (0, 1), (.3, 1)]
     assert all(o[2] == dict(noise=.25, epochs=7, arch='xresnet18', pretrained=False, bs=16, size=24, lr=.01,
-                            augment=True, workers=1) for o in seen)
+                            augment=True, workers=1, progress=False) for o in seen)
 
 def test_without_eps_0_a_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cmp, 'one_run', fake_run)

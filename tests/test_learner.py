@@ -198,9 +198,16 @@ def test_the_datasets_loss_is_shared_and_stays_hard(digits):
 
 def test_to_hard_without_to_smooth():
     learn = single()
-    with pytest.raises(ValueError, match='(?i)smooth|hard'): learn.to_hard()
+    with pytest.raises(ValueError, match='to_smooth was not called on it$'): learn.to_hard()
     learn.to_smooth().to_hard()
     with pytest.raises(ValueError): learn.to_hard()
+    with pytest.raises(ValueError, match='learn.loss_func.eps = 0'): single(LabelSmoothingCrossEntropyFlat()).to_hard()
+
+
+def test_a_loss_shows_whether_it_smooths_validation():
+    learn = single()
+    assert repr(learn.to_smooth(.2).loss_func) == "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.2, reduction='mean'), smooth_valid=False"
+    assert repr(learn.to_smooth(smooth_valid=True).loss_func).endswith(', smooth_valid=True')
 
 
 def test_calling_again_replaces_and_to_hard_goes_all_the_way_back():

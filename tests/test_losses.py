@@ -698,3 +698,30 @@ def test_complex_weights_are_refused_where_nothing_has_values(option):
         LabelSmoothingBCEWithLogits(**{option: torch.ones(3, dtype=torch.complex64)})
     with FakeTensorMode(), pytest.raises(TypeError, match=f'^{option} must be of real numbers'):
         smooth_binary_cross_entropy_with_logits(torch.randn(2, 3), torch.rand(2, 3), **{option: torch.ones(3, dtype=torch.complex64)})
+
+
+# ---------------------------------------------------------------- messages that say what to do
+
+@pytest.mark.parametrize('axis,fits', [(-1, 1), (2, 1)])
+def test_message_names_the_axis_that_fits(axis, fits):
+    "masks under a loss whose classes are along another axis"
+    x, y = rand(2, 3, 4, 5), randint(3, 2, 4, 5)
+    with pytest.raises(ValueError, match=f'axis={fits} fits'): LabelSmoothingCrossEntropyFlat(axis=axis, flatten=False)(x, y)
+    with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropyFlat(axis=axis, flatten=False)(x, y[:, :2])
+    assert 'fits' not in str(e.value)
+    with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropyFlat()(rand(4, 3), randint(3, 3))   # as many rows as there are classes
+    assert 'fits' not in str(e.value)
+
+
+def test_message_names_the_ignore_index_that_helps():
+    x, y = rand(2, 3), tensor([0, 255])
+    with pytest.raises(IndexError, match='class index 255 at row 1 .*; ignore_index=255 leaves such rows out'): LabelSmoothingCrossEntropyFlat()(x, y)
+    assert LabelSmoothingCrossEntropyFlat(ignore_index=255)(x, y).isfinite()
+    with pytest.raises(IndexError) as e: LabelSmoothingCrossEntropyFlat()(x, tensor([1, 3]))   # labels numbered from 1: no rows to leave out
+    assert str(e.value) == 'class index 3 at row 1 is out of range for 3 classes'
+
+
+def test_message_says_why_labels_stop_at_half():
+    with pytest.raises(ValueError, match=r'eps must be in \[0, 0.5\], got 0.6 .*at .5 they are the same'): LabelSmoothingBCEWithLogits(.6)
+    with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropy(1.1)
+    assert str(e.value) == 'eps must be in [0, 1], got 1.1'

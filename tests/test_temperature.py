@@ -896,6 +896,34 @@ def test_export_and_load_in_a_new_process(images, tmp_path):
     assert learn.temperature == t
 
 
+WITHOUT = """
+import sys, torch, warnings
+warnings.simplefilter('ignore')
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'fastai_smooth': raise ModuleNotFoundError(f"No module named '{name}'")
+sys.meta_path.insert(0, NotInstalled())
+from fastai.vision.all import *
+learn = load_learner('hard.pkl')
+torch.save(learn.get_preds(dl=learn.dls.test_dl(torch.load('items', weights_only=False)))[0].as_subclass(torch.Tensor), 'out')
+"""
+
+
+def test_export_for_where_the_package_is_not_installed(images, tmp_path):
+    "what README says: no smoothing, no temperature, fastai's own metrics"
+    learn, z, y, t = images
+    metrics = learn.metrics
+    learn.to_smooth().to_hard()
+    learn.reset_temperature().metrics = accuracy
+    try: learn.export(tmp_path/'hard.pkl')
+    finally:
+        learn.fit_temperature().metrics = metrics
+    torch.save(list(learn.dls.valid.items), tmp_path/'items')
+    subprocess.run([sys.executable, '-c', WITHOUT], cwd=tmp_path, check=True, timeout=100)
+    near(torch.load(tmp_path/'out', weights_only=False), z.softmax(1), 1e-5)
+    assert learn.temperature == t
+
+
 def test_loaded_learner_turns_smoothing_off(images, tmp_path):
     learn, z, y, t = images
     learn.to_smooth()

@@ -49,7 +49,9 @@ def check_eps(eps, top=1., num_classes=None, values=True):
     if not isinstance(eps, Tensor):
         if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
         eps = float(eps)
-        if not 0 <= eps <= top: raise ValueError(f"eps must be in [0, {top:g}], got {eps}")
+        if not 0 <= eps <= top:
+            why = " (labels: a positive becomes 1-eps, a negative eps, so that at .5 they are the same)" if top < 1 else ""
+            raise ValueError(f"eps must be in [0, {top:g}], got {eps}{why}")
         return eps
     if top < 1: raise ValueError(f"one eps a class is for the softmax loss, the sigmoid one takes a number; got shape {tuple(eps.shape)}")
     check_shape('eps', eps, num_classes, 1)
@@ -144,7 +146,9 @@ def check_indices(index: Tensor, num_classes: int, skip: Tensor | None = None):
     if not bool(bad.any()): return
     where = bad.nonzero()[0].tolist()
     row = where[0] if len(where) == 1 else tuple(where)
-    raise IndexError(f"class index {index[bad][0].item()} at row {row} is out of range for {num_classes} classes")
+    value = index[bad][0].item()
+    raise IndexError(f"class index {value} at row {row} is out of range for {num_classes} classes"
+                     + (f"; ignore_index={value} leaves such rows out" if skip is not None and (value < 0 or value == 255) else ""))
 
 def check_needs_no_index(s: Smoothing):
     "Soft and multi-hot targets have no one class whose eps or row of a prior could be looked up."
@@ -176,8 +180,9 @@ def check_targets(x, target, axis, multi_hot) -> bool:
                          "classes a row, or smooth_binary_cross_entropy_with_logits (LabelSmoothingBCEWithLogitsFlat)")
     if not is_index(target): raise TypeError(f"class indices must be integers, got {target.dtype}; target.long() makes them")
     if target.shape != rows:
+        other = [d for d in range(x.dim()) if target.shape == x.shape[:d] + x.shape[d+1:]] if x.dim() > 2 else []  # of (N, K) one is as likely a wrong N
         raise ValueError(f"class indices must have shape {tuple(rows)} for input of shape {tuple(x.shape)} with classes along axis {axis}, "
-                         f"got {tuple(target.shape)}")
+                         f"got {tuple(target.shape)}" + (f": are classes along another axis? axis={other[0]} fits" if other else ""))
     return True
 
 def check_labels(x, target):

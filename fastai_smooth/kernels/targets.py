@@ -45,7 +45,7 @@ class Smoothing:
         size = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
         eps, n = self.eps, y.sum(axis, keepdim=True) if self.multi_hot else 1
         if isinstance(eps, Tensor): eps = of_class(eps, index).unsqueeze(axis)
-        if self.multi_hot and self.spread == 'others':  # said outright: of several positives, some may be masked
+        if self.multi_hot and self.spread == 'others':  # not `effective_eps`: a masked positive has (1 - eps) / n, and is not among `size`
             other = y == 0 if keep is None else (y == 0) & keep
             rest = other.sum(axis, keepdim=True, dtype=y.dtype)
             u, eps = other / torch.where(rest > 0, rest, 1), eps * (rest > 0).to(y.dtype)
