@@ -122,9 +122,10 @@ def to_hard(self:Learner) -> Learner: # self
 
     Raises a ValueError where there is nothing to undo."""
     loss,cbs = _found_loss(self),self._grab_cbs(MultiLabelSmoothingCallback)
-    if loss is untempered(_unmixed(self.loss_func)) and not cbs: raise ValueError(
-        'this Learner has no smoothing to turn off: to_smooth was not called on it'
-        + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat)) else ''))
+    if loss is untempered(_unmixed(self.loss_func)) and not cbs:
+        ours = isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat))
+        raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it'
+                         + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if ours else ''))
     self.loss_func = _with_temperature_of(self, loss)
     return self.remove_cbs(cbs)
 
