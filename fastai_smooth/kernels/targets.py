@@ -48,7 +48,7 @@ class Smoothing:
         if self.multi_hot and self.spread == 'others':  # not `effective_eps`: a masked positive has (1 - eps) / n, and is not among `size`
             other = y == 0 if keep is None else (y == 0) & keep
             rest = other.sum(axis, keepdim=True, dtype=y.dtype)
-            u, eps = other / torch.where(rest > 0, rest, 1), eps * (rest > 0).to(y.dtype)
+            u, eps = other / rest.clamp(min=1), eps * (rest > 0).to(y.dtype)
         else:
             reached = 1 if keep is None or self.spread == 'all' else ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
             u, eps = self._shares(y, axis, index, size, keep), effective_eps(eps, self.spread, reached, size)
