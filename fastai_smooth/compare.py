@@ -87,8 +87,6 @@ def get_learner(
     return learn.to_smooth(eps) if eps else learn
 
 # %% ../nbs/11_compare.ipynb #f46386cf
-def _is_valid(data, seed): return split_valid(data.classes, seed) if data.is_valid is None else data.is_valid
-
 def _quiet(learn, progress): return ContextManagers([] if progress else [learn.no_bar(), learn.no_logging()])
 
 def one_run(
@@ -110,7 +108,7 @@ def one_run(
             if pretrained: learn.fine_tune(epochs, lr)
             else: learn.fit_one_cycle(epochs, lr)
             logits,targs = learn.get_preds(act=noop)
-    return dict(eps=eps, seed=seed, **score(logits, targs, torch.tensor(np.flatnonzero(_is_valid(data, seed)))))
+    return dict(eps=eps, seed=seed, **score(logits, targs, torch.tensor(np.flatnonzero(data.validation(seed)))))
 
 # %% ../nbs/11_compare.ipynb #18a18d21
 def tidy(
@@ -219,7 +217,7 @@ def choose_eps(
 ) -> EpsSuggestion:
     """What `eps_find` suggests for the training images of seed 0. `BadInput` where the pilot fails, or there are fewer images left than
     a batch has."""
-    valid = _is_valid(data, 0)
+    valid = data.validation(0)
     classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
     train = ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
     n,n_train = min(epochs, max(3, round(.3*epochs))),(~train.is_valid).sum()
@@ -335,7 +333,7 @@ def check_training(
 ):
     "`BadInput` unless a batch of `data` goes through a model as in training."
     find_arch(arch, pretrained)
-    n = (~_is_valid(data, 0)).sum()
+    n = (~data.validation(0)).sum()
     if bs > n: raise BadInput(f'--bs {bs}: there are {n} training images only; give --bs {n} or less')
     no_model = f"--pretrained: can't get weights for --arch {arch}" if pretrained else f'--arch {arch}: no good here'
     no_batch = f'--arch {arch} --size {size} --bs {bs}: a batch fails; try a larger size or bs, or another arch'
@@ -391,7 +389,7 @@ def compare(
     if args.data == 'digits': torch.set_num_threads(1)
     check_training(data, **options)
     check_out(args.out)
-    n_valid = _is_valid(data, 0).sum()
+    n_valid = data.validation(0).sum()
     print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
     if 'auto' in args.eps: args.eps = _with_auto(args.eps, data, options)
     todo,runs = [(eps,seed) for seed in range(args.seeds) for eps in args.eps],[]

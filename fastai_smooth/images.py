@@ -35,6 +35,12 @@ class ImageSet:
     vocab:list               # names of the classes
     is_valid:np.ndarray=None # (n,) True for a validation image
 
+    def validation(self,
+        seed:int # decides it where there is no `is_valid`
+    ) -> np.ndarray: # (n,) True for a validation image
+        "`is_valid`, or what `split_valid` gives."
+        return split_valid(self.classes, seed) if self.is_valid is None else self.is_valid
+
 # %% ../nbs/10_images.ipynb #3e533f7e
 def _rgb(grey): # a view: the three channels share their memory
     return list(np.broadcast_to(grey[...,None], (*grey.shape, 3)))
@@ -144,7 +150,7 @@ def get_dls(
     workers:int=0, # processes that load images
 ) -> DataLoaders: # of batches (bs,3,size,size)
     "Noisy labels to train, clean ones to validate. The order of batches is up to the global seed."
-    valid = split_valid(data.classes, seed) if data.is_valid is None else data.is_valid
+    valid = data.validation(seed)
     classes = np.where(valid, data.classes, flip_labels(data.classes, noise, len(data.vocab), seed))
     block = DataBlock((ImageBlock, CategoryBlock(data.vocab, sort=False)), get_x=ItemGetter(0), get_y=ItemGetter(1),
                       splitter=IndexSplitter(np.flatnonzero(valid)), item_tfms=Resize(size),
