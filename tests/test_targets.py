@@ -3,6 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from fastai_smooth.kernels import smooth_cross_entropy, smooth_targets
+from fastai_smooth.kernels.targets import label_axis
 from reference import distance, smoothed_targets
 
 OPTIONS = 'all', 'others', 'prior', 'matrix', 'per-class', 'multi_hot', 'multi_hot others', 'soft'
@@ -218,3 +219,11 @@ def test_inputs_never_modified():
 def test_meta_tensors_have_a_shape_and_no_values():
     q = smooth_targets(torch.zeros(4, dtype=torch.long, device='meta'), 3)
     assert q.shape == (4, 3) and q.device.type == 'meta'
+
+
+def test_label_axis():
+    "One rule for where the labels of a sigmoid loss are"
+    assert [label_axis(n) for n in (1, 2, 3, 4, 5)] == [None, 1, None, 1, 1]
+    assert label_axis(3, -1) == label_axis(3, 2) == 2 and label_axis(4, -1) == 3 and label_axis(1, 0) == 0
+    for axis in (2, -3):
+        with pytest.raises(IndexError, match=f'axis {axis} '): label_axis(2, axis)

@@ -81,6 +81,15 @@ def one_hot(index: Tensor, num_classes: int, axis: int, dtype: torch.dtype) -> T
     classes = torch.arange(num_classes, device=index.device)
     return (index.unsqueeze(axis) == along(classes, axis, index.dim() + 1)).to(dtype)
 
+def label_axis(ndim: int, axis: int | None = None):
+    """The axis of the labels in logits of a sigmoid loss with `ndim` dimensions; None where all logits are of one label.
+
+    It is `axis` where that is given. Else the last one of (N,K), and axis 1, the channels, of images (N,K,H,W) and volumes;
+    masks (N,H,W) and events (N,) are of one label."""
+    if axis is None: return 1 if ndim == 2 or ndim >= 4 else None
+    if not -ndim <= axis < ndim: raise IndexError(f"axis {axis} is out of range for labels of {ndim} dimensions")
+    return axis % ndim
+
 def sigmoid_q(y, eps, prior=None):
     "q for 0/1 or soft labels `y`; `prior` broadcasts along the last axis."
     return soften(y, 2 * eps, .5 if prior is None else prior)
