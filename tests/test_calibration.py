@@ -662,6 +662,8 @@ def test_torch_s_losses_have_the_classes_of_images_along_axis_1():
     pred, targ = torch.randn(2, 4, 3, 4), torch.randint(4, (2, 3, 4))
     x, y, keep = prediction_rows(pred, targ, torch.nn.CrossEntropyLoss())
     near(F.cross_entropy(x, y), F.cross_entropy(pred, targ))
+    soft = F.one_hot(targ, 4).movedim(-1, 1).float()
+    near(F.cross_entropy(*prediction_rows(pred, soft, torch.nn.CrossEntropyLoss())[:2]), F.cross_entropy(pred, targ))
     with pytest.raises(TypeError, match='one tensor .* got a tuple'): prediction_rows((pred,), targ)
 
 

@@ -524,5 +524,22 @@ def test_pixels_of_an_image_belong_together():
     assert high - low > alone[1] - alone[0]
 
 
+def test_ignored_rows_may_be_nan():
+    learn = single()
+    x, y = zip(*learn.dls.valid.dataset)
+    learn.dls.valid.dataset[:] = [(x_, y_) for x_, y_ in zip(x, y)] + [(torch.full((6,), math.nan), tensor(-100))]*5
+    interp, others = interpret(learn), found(single)[3]
+    near(interp.raw, others.raw), near(interp.targs, others.targs)
+    assert math.isclose(learn.fit_temperature().temperature, others.temperature, rel_tol=1e-6)
+
+
+def test_one_class_is_always_right():
+    learn = tensor_learner(tensor_dls(rows(), torch.zeros(300, dtype=torch.long)), mlp(k=1), CrossEntropyLossFlat())
+    interp = interpret(learn)
+    near(interp.summary(n_boot=50).xs('raw', level=1)['value'], [1, 0, 0, 0, 0, 0])
+    for f in interp.plot_reliability, interp.plot_confidences: f(return_fig=True).canvas.draw()
+    assert not len(interp.most_overconfident(show=False)[0])
+
+
 def test_average_none_is_by_label():
     with pytest.raises(ValueError, match='by_label'): CalibrationInterpretation.from_learner(multi()).summary(average=None)
