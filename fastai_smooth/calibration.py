@@ -52,7 +52,8 @@ def check_probs(
     if not dtype.is_floating_point: raise ValueError(f'probs must be floating point, got {dtype}')
     if not len(probs): raise ValueError('probs has no rows')
     outside = probs[(probs < -tol) | (probs > 1+tol)]
-    if len(outside): raise ValueError(f'probs must be in [0,1], got {outside[0]:g}: apply {"softmax" if task == "classes" else "sigmoid"} to logits first')
+    act = 'softmax' if task == 'classes' else 'sigmoid'
+    if len(outside): raise ValueError(f'probs must be in [0,1], got {outside[0]:g}: apply {act} to logits first')
     if task == 'classes':
         off = ((probs.sum(1) - 1).abs() > tol).nonzero()
         if len(off): raise ValueError(f'rows of probs must sum to 1, row {off[0].item()} sums to {probs[off[0]].sum():g}: for independent labels '
@@ -454,15 +455,16 @@ def prediction_rows(
 ) -> tuple: # pred, targ, keep
     """`pred` as (N,K), or (N,) for single events; `targ` to go with it, 0 where it is to be ignored; and `keep` (N,), False for those.
 
-    As many targets as predictions are labels, each with a sigmoid of its own; they lie along the axis that `label_axis` says, so that (N,H,W) and
-    (N,1,H,W) are rows of one label. Fewer are class indices, with a softmax along the `axis` of the loss. A loss of class indices keeps its axis, and
-    its indices where there is a single class, also for as many targets.
+    As many targets as predictions are labels, each with a sigmoid of its own, along the axis that `label_axis` says: (N,H,W) and (N,1,H,W)
+    are rows of one label. Fewer are class indices, with a softmax along the `axis` of the loss. For a loss of class indices as many targets
+    are soft ones along its own axis, or the indices of a single class.
 
-    Raises a TypeError for what is no tensor, a ValueError for shapes that don't go together, and an IndexError for an axis that there is not."""
+    Raises a TypeError for what is no tensor, a ValueError for shapes that don't go together, and an IndexError for an axis that they lack."""
     for o in (pred, targ):
         if not isinstance(o, Tensor): raise TypeError(f'needs one tensor of predictions and one of targets, got a {type(o).__name__}')
     pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
-    if targ.numel() == pred.numel() and not _of_indices(loss): return _label_rows(pred, targ.reshape(pred.shape), _label_axis_of(loss, pred.ndim))
+    if targ.numel() == pred.numel() and not _of_indices(loss):
+        return _label_rows(pred, targ.reshape(pred.shape), _label_axis_of(loss, pred.ndim))
     axis = _class_axis(loss, pred, targ)
     k = pred.size(axis)
     if targ.shape == pred.shape and (k > 1 or targ.is_floating_point()): return _label_rows(pred, targ, axis) # several classes, or a soft one
@@ -477,13 +479,15 @@ def _double(x):
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 class CalibrationMetric(Metric):
-    """A measure of this page, such as `calibration_error`, as a fastai metric: what `NLL`, `Brier`, `ECE`, `ClasswiseECE` and `SmoothECE` are. It keeps sums, not rows, unless bins are of equal mass.
+    """A measure of this page, such as `calibration_error`, as a fastai metric: what `NLL`, `Brier`, `ECE`, `ClasswiseECE` and `SmoothECE` are.
+    It keeps sums, not rows, unless bins are of equal mass.
 
-    Raises a TypeError for other measures, for options that the measure doesn't have, and for an `act` that is no function; a ValueError for an `average` or options out of range, and in validation for what are no
-    probabilities and labels, or an IndexError where they lack the axis of the loss."""
+    Raises a TypeError for other measures, for options that the measure doesn't have, and for an `act` that is no function; a ValueError for an
+    `average` or options out of range, and in validation for what are no probabilities and labels, or an IndexError where they lack the axis
+    of the loss."""
     def __init__(self,
         measure:Callable, # One of the measures here
-        name:str, # As it is printed; '_worst' is added where that is asked for. fastai's trackers keep the lowest value where it has 'loss' or 'error' in it
+        name:str, # As it is printed; '_worst' is added where asked for. fastai's trackers keep the lowest of what has 'loss' or 'error' in it
         average:str='macro', # Labels: 'macro' mean or 'worst'
         act:Callable=None, # Makes probabilities of predictions (None: the activation of the Learner's loss)
         **kwargs # Of the measure, such as n_bins
@@ -569,7 +573,9 @@ class ClasswiseECE(CalibrationMetric):
         average:str='macro', # 'macro' mean over classes or labels, or the 'worst'
         act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
         **kwargs # binning, norm and debias of `classwise_calibration_error`
-    ): super().__init__(classwise_calibration_error, _with_bins('classwise_calibration_error', n_bins), average, act, n_bins=n_bins, **kwargs)
+    ):
+        name = _with_bins('classwise_calibration_error', n_bins)
+        super().__init__(classwise_calibration_error, name, average, act, n_bins=n_bins, **kwargs)
 
 class SmoothECE(CalibrationMetric):
     "`smooth_calibration_error` as a metric of that name. Raises what `CalibrationMetric` raises."

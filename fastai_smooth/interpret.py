@@ -9,6 +9,7 @@ __all__ = ['draw_reliability', 'CalibrationInterpretation']
 from fastai.basics import *
 from fastai.interpret import Interpretation
 from fastai.metrics import accuracy, accuracy_multi
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import PercentFormatter
 from .calibration import *
 from .calibration import _measure, _measured
@@ -111,9 +112,9 @@ class CalibrationInterpretation(Interpretation):
     ) -> pd.DataFrame: # One row a measure, 'raw' and 'after T': value, low, high, 'if perfectly calibrated', 'at most (95%)', n, T
         """Measures with their 95% intervals (`low`, `high`). Accuracy, Brier and the calibration errors are fractions, NLL is in nats.
 
-        `if perfectly calibrated` is what a measure would be, on the average, if the model were right just as often as these probabilities say, on
-        as many rows; 95% of such models show `at most` the number beside it. That is more than 0 for a calibration error, as no sample is without
-        luck. An NLL or Brier score below it belongs to a model that is better than it says, which is underconfident.
+        `if perfectly calibrated` is what a measure would be, on the average, if the model were right just as often as these probabilities
+        say, on as many rows; 95% of such models show `at most` the number beside it. For a calibration error that is more than 0, since each
+        sample has its luck. An NLL or Brier score below it is of a model that is better than it says, an underconfident one.
 
         NLL and Brier are proper scores, and come first; the others are calibration alone. Rows of one item, such as the pixels of an image,
         count as depending on each other. A temperature that was fitted to the Learner on these very data looks a little too good. Raises a
@@ -146,26 +147,24 @@ class CalibrationInterpretation(Interpretation):
         return_fig:bool=False, # Return the figure?
     ) -> plt.Figure: # None unless `return_fig`
         """Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence.
-        Of labels: the share of positives by the label's probability; two labels side by side. Raises a ValueError for a label that there is not, and
-        a TypeError or ValueError for numbers out of range."""
+        Of labels: the share of positives by the label's probability; two labels side by side. Raises a ValueError for a label that there is
+        not, and a TypeError or ValueError for numbers out of range."""
         check_whole('max_n', max_n, 1), check_whole('n_bins', n_bins, 1)
         panels = [o for k in (self._labels(label, max_n) if self.multi else [None]) for o in self._raw_and_after(k)]
         cols = min(4, len(panels))
         n,scale = math.ceil(len(panels)/cols),1 if cols == 2 else .65
-        fig,axs = plt.subplots(2*n, cols, figsize=ifnone(figsize, (4*cols*scale,5.2*n*scale)), height_ratios=[4,1]*n, squeeze=False, layout='constrained')
+        figsize = ifnone(figsize, (4*cols*scale,5.2*n*scale))
+        fig,axs = plt.subplots(2*n, cols, figsize=figsize, height_ratios=[4,1]*n, squeeze=False, layout='constrained')
         of_label = self.targs.ndim == self.logits.ndim
         words = dict(words=('too low','too high')) if of_label else {}
-        for i in range(n*cols):
-            top,low = axs[2*(i//cols),i%cols],axs[2*(i//cols)+1,i%cols]
-            if i >= len(panels): # an odd number of labels
-                top.remove(), low.remove()
-                continue
-            title,p,t = panels[i]
+        tops,lows = axs[::2].flatten(),axs[1::2].flatten()
+        for i,(top,low,(title,p,t)) in enumerate(zip(tops, lows, panels)):
             draw_reliability(top, p, t, n_bins, title=f'{title}, ECE {calibration_error(p, t):.3f}', **words)
             _draw_counts(low, p, n_bins, 'probability' if of_label else 'confidence')
             if i%cols == 0:
                 top.set_ylabel('share of positives' if of_label else 'accuracy')
                 low.set_ylabel('rows')
+        for ax in (*tops[len(panels):],*lows[len(panels):]): ax.remove() # of an odd number of labels
         if return_fig: return fig
 
     def _labels(self, label, max_n):
@@ -196,7 +195,8 @@ class CalibrationInterpretation(Interpretation):
         for ax,title,probs in zip(axs, ('raw',f'after {self._t}'), (self.raw,self.after)):
             sure,right = self._decisions(probs)
             for name,color,o in (('right',_RIGHT,sure[right]),('wrong',_WRONG,sure[~right])):
-                ax.hist(o, n_bins, range=(min(low,.99),1), weights=np.full(len(o), 1/max(1, len(o))), histtype='stepfilled', fc=(color,.2), ec=color, lw=1.5, label=f'{name} ({len(o):,})')
+                ax.hist(o, n_bins, range=(low,1), weights=np.full(len(o), 1/max(1, len(o))), histtype='stepfilled', fc=to_rgba(color, .2), ec=color, lw=1.5,
+                        label=f'{name} ({len(o):,})')
             ax.axvline(sure.mean(), color='black', label='mean confidence')
             ax.axvline(right.double().mean(), color='black', ls='--', label='accuracy')
             ax.set(title=title, xlabel='confidence of the decision' if classes else 'confidence of the decision, yes or no')
