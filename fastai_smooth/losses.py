@@ -257,7 +257,7 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
 
 # %% ../nbs/01_losses.ipynb #labelax1
 def _label_axis_of(loss, ndim):
-    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given; the -1 that fastai's losses have by default is none."
+    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given: not the -1 of fastai's losses, their default."
     axis = getattr(loss, 'axis', None)
     if axis == -1 and not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)): axis = None
     return label_axis(ndim, axis)
