@@ -1171,8 +1171,8 @@ def bad_train_labels(pick, a):
         need(a.task == 'labels')
         a.labels = [*a.labels, torch.zeros(a.k+1)]
     if kind == 'other task':
-        need(a.task == 'classes')
-        a['multi'] = True
+        need(a.task == 'classes')   # of which 0 and 1 could be the two values of one label
+        a['multi'], a.labels = True, [*a.labels, torch.tensor(2)]
     return 'label', 'target'
 
 def other_dls(pick, a):
