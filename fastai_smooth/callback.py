@@ -21,6 +21,18 @@ def _unmixed(loss_func):
     owner = getattr(loss_func, '__self__', None)
     return owner.old_lf if isinstance(owner, MixHandler) else loss_func
 
+def _is_training(learn):
+    "Is this called from a training of `learn`? The stack knows; all else an exception leaves as it was."
+    frame = sys._getframe()
+    while frame and not (frame.f_code.co_name == '_do_epoch_train' and frame.f_locals.get('self') is learn): frame = frame.f_back
+    return frame is not None
+
+def _set_loss(learn, loss):
+    "Makes `loss` the one that `_unmixed` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
+    owner = getattr(learn.loss_func, '__self__', None)
+    if isinstance(owner, MixHandler) and _is_training(learn): owner.old_lf = loss
+    else: learn.loss_func = loss
+
 _smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                      fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
 
@@ -133,7 +145,7 @@ class MultiLabelSmoothingCallback(Callback):
     def _check_target(self):
         if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')
         y,shape = self.yb[0],getattr(self.pred, 'shape', None)
-        if getattr(y, 'shape', ()) != shape:
+        if not isinstance(y, Tensor) or shape is None or y.numel() != shape.numel(): # (N,) goes with (N,1), which fastai's losses flatten
             if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
             raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
         if self._u is not None and len(self._u) != shape[-1]:

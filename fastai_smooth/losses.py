@@ -8,11 +8,17 @@ __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSm
 
 # %% ../nbs/01_losses.ipynb #2149c50c
 from fastai.basics import *
+import inspect
 from .kernels import functional as K
-from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, class_axis
+from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, class_axis, warn
 from .kernels.targets import Smoothing
 
 # %% ../nbs/01_losses.ipynb #50675ff6
+def _as_text(v):
+    "An option as text: of a tensor the values, or of a large one its shape."
+    if not isinstance(v, Tensor): return repr(v)
+    return f'Tensor{list(v.shape)}' if v.numel() > 10 or v.is_meta else str(np.round(v.tolist(), 3).tolist())
+
 class _Smooth(nn.Module):
     "What both modules share: options that are checked when they are set, and the buffers."
     _top = 1.   # the largest eps
@@ -33,11 +39,20 @@ class _Smooth(nn.Module):
     def eps(self, v):
         v = check_eps(K.unwrapped('eps', v) if isinstance(v, Tensor) else v, self._top, values=not K.tracing(*[v]*isinstance(v, Tensor)))
         self._check(v)
+        before = self.__dict__.get('_eps')
+        if not isinstance(v, Tensor) and v == self._top and before != v: warn(self._at_top)
         if hasattr(self, '_eps'): del self._eps
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
         else: self._eps = v
 
-    def extra_repr(self): return f'eps={self.eps}, reduction={self.reduction!r}'
+    def _options_as_text(self, **defaults):
+        "eps, reduction and the options that are not their default"
+        params = merge(*(inspect.signature(c.__init__).parameters for c in reversed(type(self).__mro__)))
+        defaults = {n:p.default for n,p in params.items() if p.default is not p.empty} | defaults
+        changed = [n for n,d in defaults.items() if isinstance(v := getattr(self, n, d), Tensor) or v != d]
+        return ', '.join(f'{n}={_as_text(getattr(self, n))}' for n in dict.fromkeys(['eps', 'reduction', *changed]))
+
+    def extra_repr(self): return self._options_as_text()
 
 # %% ../nbs/01_losses.ipynb #b024ca43
 class LabelSmoothingCrossEntropy(_Smooth):
@@ -52,6 +67,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
     class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
     where that is not installed."""
     y_int = True # y interpolation
+    _at_top = 'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
         *,
@@ -111,7 +127,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
     Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
     `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
     no tensor of real numbers, ImportError for `backend='triton'` where that is not installed."""
-    _top = .5
+    _top,_at_top = .5,'eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05'
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
         *,
@@ -160,10 +176,17 @@ def _of_module(name, doc):
 
 class _SmoothFlat(BaseLoss):
     "What both fastai losses share. Neither transposes nor copies: the kernels take any layout."
+    _defaults = {}   # where they are not those of the module
+
     def __init__(self, loss_cls, axis, flatten, **kwargs):
         super().__init__(loss_cls, axis=axis, flatten=flatten, **kwargs)
         # BaseLoss copied the module's attributes here, where setting them would do nothing
         for k in vars(self.func): self.__dict__.pop(k, None)
+
+    def __repr__(self):
+        "As fastai's, with the options that are not their default"
+        func = f'{type(self.func).__name__}({self.func._options_as_text(**self._defaults)})'
+        return f'FlattenedLoss of {func}' + ('' if self.flatten else ', flatten=False')
 
     eps = _of_module('eps', "How much is smoothed; can be set, also between batches.")
     backend = _of_module('backend', "Who computes; can be set.")
@@ -201,6 +224,7 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
     class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
     where that is not installed. Source: Szegedy et al. 2016, arXiv:1512.00567."""
     y_int = True # y interpolation
+    _defaults = dict(axis=-1)
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
         *,

@@ -155,9 +155,9 @@ def train_prior(
     `n`). Takes fastai datasets (no input is opened), `TabularPandas` and language model data; raises a TypeError for anything else, and
     for code of your own that draws items, makes batches or transforms inputs and targets together; a ValueError where there are no labels, or
     labels beyond the classes of `dls`; and an IndexError for an `axis` that the targets lack."""
-    if not multi and not get_c(dls): raise ValueError(f'dls.c, the number of classes, is {get_c(dls)}: pass prior=tensor(frequencies)')
-    if not multi: check_whole('ignore_index', ignore_index)
-    elif axis is not None: check_whole('axis', axis)
+    if axis is not None: check_whole('axis', axis)
+    targets = _targets(dls.train)
     with no_random(reproducible=False): # transforms may be random
-        targets = _targets(dls.train)
-        return _label_means(targets, axis) if multi else _counted(targets, get_c(dls), ignore_index)
+        if multi: return _label_means(targets, axis)
+        if not get_c(dls): raise ValueError(f'dls.c, the number of classes, is {get_c(dls)}: pass prior=tensor(frequencies)')
+        return _counted(targets, get_c(dls), check_whole('ignore_index', ignore_index))

@@ -725,3 +725,45 @@ def test_message_says_why_labels_stop_at_half():
     with pytest.raises(ValueError, match=r'eps must be in \[0, 0.5\], got 0.6 .*at .5 they are the same'): LabelSmoothingBCEWithLogits(.6)
     with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropy(1.1)
     assert str(e.value) == 'eps must be in [0, 1], got 1.1'
+
+
+# ---------------------------------------------------------------- an eps at its end, and what a loss shows
+
+TOP = [(LabelSmoothingCrossEntropy, 1.), (LabelSmoothingCrossEntropyFlat, 1.), (LabelSmoothingBCEWithLogits, .5), (LabelSmoothingBCEWithLogitsFlat, .5)]
+
+
+@pytest.mark.parametrize('cls,top', TOP)
+def test_targets_that_teach_nothing_are_warned_of_once(cls, top):
+    "Where eps is set: when built, or later; not at each call, nor for the same eps again"
+    with pytest.warns(UserWarning, match=rf'eps=(1|\.5) .*nothing to learn') as said: loss = cls(top)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        loss.eps = top
+        loss(rand(3, 4), randint(4, 3) if top == 1. else randint(2, 3, 4))
+        copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))
+        loss.eps = top/2
+        cls(top - .01)
+    with pytest.warns(UserWarning, match='nothing to learn') as said: loss.eps = top
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize('loss,text', [
+    (lambda: LabelSmoothingCrossEntropy(), "LabelSmoothingCrossEntropy(eps=0.1, reduction='mean')"),
+    (lambda: LabelSmoothingCrossEntropy(tensor([.1, .2]), weight=tensor([1., 1/3]), axis=-1),
+     "LabelSmoothingCrossEntropy(eps=[0.1, 0.2], reduction='mean', weight=[1.0, 0.333], axis=-1)"),
+    (lambda: LabelSmoothingCrossEntropy(prior=torch.full((20,), .05), ignore_index=255),
+     "LabelSmoothingCrossEntropy(eps=0.1, reduction='mean', prior=Tensor[20], ignore_index=255)"),
+    (lambda: LabelSmoothingCrossEntropyFlat(multi_hot=True, spread='others', backend='torch'),
+     "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.1, reduction='mean', backend='torch', spread='others', multi_hot=True)"),
+    (lambda: LabelSmoothingCrossEntropyFlat(axis=1, flatten=False, reduction='none'),
+     "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.1, reduction='none', axis=1), flatten=False"),
+    (lambda: LabelSmoothingBCEWithLogitsFlat(pos_weight=tensor([2.]), thresh=.3),
+     "FlattenedLoss of LabelSmoothingBCEWithLogits(eps=0.05, reduction='mean', pos_weight=[2.0], thresh=0.3)")])
+def test_a_loss_shows_its_options_but_for_the_default_ones(loss, text): assert repr(loss()) == text
+
+
+def test_a_subclass_shows_them_too():
+    class Mine(LabelSmoothingCrossEntropy):
+        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+    assert repr(Mine(.2, ignore_index=3)) == "Mine(eps=0.2, reduction='mean', ignore_index=3)"
