@@ -181,6 +181,7 @@ Learner.__init__ = _init
 
 # %% ../nbs/04_learner.ipynb #flaglast
 def _flag_last(cls):
+    "Lets the flag wait for the end of `cls.__init__`, and of those of its subclasses."
     if '__init__' in vars(cls): cls.__init__ = _then_flag(cls.__init__)
     for o in cls.__subclasses__(): _flag_last(o)
 
@@ -189,7 +190,7 @@ def _init_subclass(cls, **kwargs):
     _flag_last(cls)
 
 Learner.__init_subclass__ = classmethod(_init_subclass)
-for o in Learner.__subclasses__(): _flag_last(o) # those that are there already
+L(Learner.__subclasses__()).map(_flag_last) # those that are there already
 
 # %% ../nbs/04_learner.ipynb #439b5c02
 def _wrapped(f):

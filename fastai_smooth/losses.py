@@ -10,7 +10,7 @@ __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSm
 from fastai.basics import *
 import inspect
 from .kernels import functional as K
-from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, class_axis, warn
+from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows, class_axis, warn
 from .kernels.targets import Smoothing
 
 # %% ../nbs/01_losses.ipynb #50675ff6
@@ -55,6 +55,8 @@ class _Smooth(nn.Module):
     def extra_repr(self): return self._options_as_text()
 
 # %% ../nbs/01_losses.ipynb #b024ca43
+def _is_soft_on_gpu(target): return target.device.type not in ('cpu','meta') and target.is_floating_point()
+
 class LabelSmoothingCrossEntropy(_Smooth):
     """Cross entropy with label smoothing: a module over `smooth_cross_entropy`.
 
@@ -67,6 +69,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
     class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
     where that is not installed."""
     y_int = True # y interpolation
+    _looked = False # at soft targets on a GPU
     _at_top = 'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
@@ -101,8 +104,17 @@ class LabelSmoothingCrossEntropy(_Smooth):
         target:Tensor, # Class indices, or labels shaped like `input`
         eps:float=None # Another smoothing than the module's, for this call
     ):
-        return K.cross_entropy(input, target, self.smoothing(eps), self.weight, self.ignore_index, self.reduction, self.axis,
+        loss = K.cross_entropy(input, target, self.smoothing(eps), self.weight, self.ignore_index, self.reduction, self.axis,
                                self.backend, checked=not isinstance(eps, Tensor))
+        self._look(input, target)
+        return loss
+
+    def _look(self, input, target):
+        "Do soft targets on a GPU sum to 1? Looking makes a GPU wait: it is done for the first ones, in the first batch of a fit. On a CPU it is always done."
+        if self._looked or self.multi_hot or not _is_soft_on_gpu(target) or K.tracing(input, target): return
+        if target.is_cuda and torch.cuda.is_current_stream_capturing(): return
+        check_soft_rows(target, class_axis(input, self.axis))
+        self._looked = True
 
     def activation(self,
         x:Tensor # Logits, of any shape, with their classes along `axis`

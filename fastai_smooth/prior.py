@@ -37,7 +37,8 @@ def _label_means(targets, axis):
         except (TypeError,ValueError,RuntimeError) as e: raise TypeError(f'multi-label targets must be 0/1 vectors ({e}): pass prior=tensor(frequencies)') from e
         if o.is_complex() or ((o < 0) | (o > 1)).any(): raise TypeError("multi-label targets must be 0/1 vectors: pass prior=tensor(frequencies)")
         o = o.double()[None] # a batch
-        a = label_axis(o.ndim, axis)
+        try: a = label_axis(o.ndim, axis)
+        except IndexError as e: raise ValueError(f'these targets have no axis {axis}, in a batch they are of {o.ndim} dimensions') from e
         o = o.reshape(-1, 1) if a is None else o.movedim(a, -1).flatten(0, -2)
         if isinstance(ones, Tensor) and len(ones) != o.shape[1]:
             raise TypeError(f'multi-label targets must be of one length, got {len(ones)} and {o.shape[1]} labels: pass prior=tensor(frequencies)')
@@ -153,8 +154,8 @@ def train_prior(
 
     Counts the targets of `dls.train`, after the transforms of items and batches that take them, and as often as they are drawn (`WeightedDL`,
     `n`). Takes fastai datasets (no input is opened), `TabularPandas` and language model data; raises a TypeError for anything else, and
-    for code of your own that draws items, makes batches or transforms inputs and targets together; a ValueError where there are no labels, or
-    labels beyond the classes of `dls`; and an IndexError for an `axis` that the targets lack."""
+    for code of your own that draws items, makes batches or transforms inputs and targets together; a ValueError where there are no labels,
+    labels beyond the classes of `dls`, or no such `axis`."""
     if axis is not None: check_whole('axis', axis)
     targets = _targets(dls.train)
     with no_random(reproducible=False): # transforms may be random

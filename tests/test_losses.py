@@ -7,6 +7,7 @@ from fastai.layers import NoneReduce
 from torch import nn, tensor
 from torch._subclasses import FakeTensorMode
 
+from fastai_smooth import losses
 from fastai_smooth.kernels import checks, smooth_binary_cross_entropy_with_logits
 from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat)
@@ -725,6 +726,36 @@ def test_message_says_why_labels_stop_at_half():
     with pytest.raises(ValueError, match=r'eps must be in \[0, 0.5\], got 0.6 .*at .5 they are the same'): LabelSmoothingBCEWithLogits(.6)
     with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropy(1.1)
     assert str(e.value) == 'eps must be in [0, 1], got 1.1'
+
+
+# ---------------------------------------------------------------- soft targets on a GPU
+
+@pytest.mark.parametrize('cls', [LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat])
+def test_soft_targets_on_a_gpu_are_looked_at_once(monkeypatch, cls):
+    "As if the CPU were a GPU: in the first batch, for each look makes a GPU wait; and again after an error, which is not an answer"
+    looks = []
+    def check(target, axis):
+        looks.append(axis)
+        if len(looks) == 1: raise ValueError('rows sum to 2')
+    monkeypatch.setattr(losses, 'check_soft_rows', check)
+    soft = rand(6, 4).softmax(1)
+    cls()(rand(6, 4), soft)
+    assert not looks   # a CPU looks each time, elsewhere
+    monkeypatch.setattr(losses, '_is_soft_on_gpu', lambda t: t.is_floating_point())
+    loss = cls()
+    loss(rand(6, 4), randint(4, 6))
+    with pytest.raises(ValueError, match='rows sum to 2'): loss(rand(6, 4), soft)
+    for _ in range(3): loss(rand(6, 4), soft)
+    cls(multi_hot=True)(rand(6, 4), soft)
+    assert looks == [1, 1]
+    pickle.loads(pickle.dumps(loss))(rand(6, 4), soft)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_multi_hot_floats_on_a_gpu():
+    loss, x, y = LabelSmoothingCrossEntropyFlat(), rand(6, 4).cuda(), (rand(6, 4) > 0).double().cuda()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='multi_hot=True'): loss(x, y)
 
 
 # ---------------------------------------------------------------- an eps at its end, and what a loss shows

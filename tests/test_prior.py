@@ -319,5 +319,5 @@ def test_masks_of_several_sizes_are_counted_by_pixel():
 
 
 def test_an_axis_that_targets_lack():
-    with pytest.raises(IndexError, match='3'): prior_of(label_dls(torch.ones(4, 2)), multi=True, axis=3)
+    with pytest.raises(ValueError, match='no axis 3'): prior_of(label_dls(torch.ones(4, 2)), multi=True, axis=3)
     with pytest.raises(TypeError, match='axis'): prior_of(label_dls(torch.ones(4, 2)), multi=True, axis='last')
