@@ -190,7 +190,7 @@ def _init_subclass(cls, **kwargs):
     _flag_last(cls)
 
 Learner.__init_subclass__ = classmethod(_init_subclass)
-L(Learner.__subclasses__()).map(_flag_last) # those that are there already
+for cls in Learner.__subclasses__(): _flag_last(cls) # those that are there already
 
 # %% ../nbs/04_learner.ipynb #439b5c02
 def _wrapped(f):
