@@ -138,7 +138,8 @@ class LabelSmoothingBCEWithLogits(_Smooth):
 
     Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
     `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
-    no tensor of real numbers, ImportError for `backend='triton'` where that is not installed."""
+    no tensor of real numbers, IndexError for an `axis` that the logits lack, ImportError for `backend='triton'` where that is not
+    installed."""
     _top,_at_top = .5,'eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05'
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
@@ -148,6 +149,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         thresh:float=.5, # Probability above which `decodes` says yes
+        axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
@@ -155,7 +157,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         if prior is not None: check_prior(self.prior, sigmoid=True, values=values)
         check_factors(values, weight=self.weight, pos_weight=self.pos_weight)
         check_number('thresh', thresh)
-        self.eps,self.thresh = eps,thresh
+        self.eps,self.thresh,self.axis = eps,thresh,axis
 
     def _check(self, eps): pass # its range says it all
 
@@ -165,7 +167,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         eps:float=None # Another smoothing than the module's, for this call
     ):
         return K.binary_cross_entropy(input, target, self.eps if eps is None else eps, self.prior, self.weight, self.pos_weight,
-                                      self.reduction, self.backend, checked=True)
+                                      self.reduction, self.axis, self.backend)
 
     def activation(self,
         x:Tensor # Logits, any shape
@@ -273,7 +275,8 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
 
     Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
     `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
-    no tensor of real numbers, ImportError for `backend='triton'` where that is not installed."""
+    no tensor of real numbers, IndexError for an `axis` that the logits lack, ImportError for `backend='triton'` where that is not
+    installed."""
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
         *,
@@ -282,13 +285,15 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         thresh:float=.5, # Probability above which `decodes` says yes
+        axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
         backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
-        super().__init__(LabelSmoothingBCEWithLogits, -1, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
+        super().__init__(partial(LabelSmoothingBCEWithLogits, axis=axis), axis, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
                          reduction=reduction, thresh=thresh, backend=backend)
 
     thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
+    axis = _of_module('axis', "Label axis, of the prior; can be set.")
     def _target_shape(self, inp): return inp.shape
 
 # %% ../nbs/01_losses.ipynb #tmpr0002

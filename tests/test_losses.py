@@ -150,6 +150,27 @@ def test_prior_of_the_sigmoid_loss(cls):
     close(cls(eps=.1, prior=prior)(x, y.double()), F.binary_cross_entropy_with_logits(x, .8*y + .2*prior))
 
 
+@pytest.mark.parametrize('cls', [LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat])
+def test_label_axis_of_the_sigmoid_loss(cls):
+    "a prior lies along the channels of images, or along `axis`, which can be read and set; masks have one label"
+    x, y, prior = rand(6, 3, 4, 5), randint(2, 6, 3, 4, 5).double(), tensor([.9, .3, .2], dtype=torch.float64)
+    expected = F.binary_cross_entropy_with_logits(x, .8*y + .2*prior[:, None, None])
+    loss = cls(eps=.1, prior=prior)
+    assert loss.axis is None
+    close(loss(x, y), expected)
+    last = cls(eps=.1, prior=prior, axis=-1)
+    assert last.axis == -1
+    close(last(x.movedim(1, -1), y.movedim(1, -1)), expected)
+    close(pickle.loads(pickle.dumps(last))(x.movedim(1, -1), y.movedim(1, -1)), expected)
+    loss.axis = 2
+    close(loss(x.transpose(1, 2), y.transpose(1, 2)), expected)
+    loss.axis = 9
+    with pytest.raises(IndexError, match='axis 9 is out of range'): loss(x, y)
+    one = cls(eps=.1, prior=prior[:1])
+    close(one(x[:, 0], y[:, 0]), F.binary_cross_entropy_with_logits(x[:, 0], .8*y[:, 0] + .18))
+    with pytest.raises(ValueError, match=r'one label; axis= says where'): cls(eps=.1, prior=prior)(x[:, 0], y[:, 0])
+
+
 def test_optimum_has_the_logit_gap_of_the_formula():
     "ln(K(1-eps)/eps + 1) is where the gradient vanishes"
     for k, gap in ((2, 2.944), (3, 3.3322), (10, 4.511), (1000, 9.105)):
