@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from .callback import _unmixed
 from .kernels.checks import check_dense, check_number, check_whole
 from .kernels.functional import tensor_of
+from .losses import _label_axis_of
 
 # %% ../nbs/05_calibration.ipynb #79d33a7b
 def _plain(name, x):
@@ -431,29 +432,41 @@ def reliability(
     return pd.DataFrame([row(*o.tolist()) for o in rows], columns=['confidence','accuracy','low','high','n'])
 
 # %% ../nbs/05_calibration.ipynb #c339e3ec
+def _of_indices(loss):
+    "Is it a loss of class indices, with a softmax? fastai's say so by `y_int`."
+    return getattr(loss, 'y_int', False) or isinstance(getattr(loss, 'func', loss), nn.CrossEntropyLoss) or loss is F.cross_entropy
+
+def _label_rows(pred, targ, axis):
+    "Both as (N,K), with the labels along `axis`, or (N,1) where there is but one; (N,) for single events"
+    if pred.ndim > 1:
+        pred,targ = (o.unsqueeze(-1) if axis is None else o.movedim(axis, -1) for o in (pred,targ))
+        pred,targ = (o.reshape(-1, o.shape[-1]) for o in (pred,targ))
+    return pred,targ,torch.ones(len(pred), dtype=torch.bool, device=pred.device)
+
 def prediction_rows(
-    pred:Tensor, # (N,K), (N,K,...) or (N,): what the model gives, classes along the axis of the loss
-    targ:Tensor, # (N,) or (N,...) class indices, or labels shaped like `pred`
-    loss=None, # For its `axis` (else the last) and `ignore_index`
+    pred:Tensor, # (N,K), (N,K,...), (N,...,K) or (N,): what the model gives
+    targ:Tensor, # Labels, as many elements as `pred`; or class indices, one for K predictions
+    loss=None, # For its `axis`, its `ignore_index`, and whether it is of class indices
 ) -> tuple: # pred, targ, keep
     """`pred` as (N,K), or (N,) for single events; `targ` to go with it, 0 where it is to be ignored; and `keep` (N,), False for those.
 
-    Raises a TypeError for what is no tensor, and a ValueError for shapes that don't go together."""
+    As many targets as predictions are labels, each with a sigmoid of its own; they lie along the axis that `label_axis` says, so that (N,H,W) and
+    (N,1,H,W) are rows of one label. Fewer are class indices, with a softmax along the `axis` of the loss. A loss of class indices keeps its axis, and
+    its indices where there is a single class, also for as many targets.
+
+    Raises a TypeError for what is no tensor, a ValueError for shapes that don't go together, and an IndexError for an axis that there is not."""
     for o in (pred, targ):
         if not isinstance(o, Tensor): raise TypeError(f'needs one tensor of predictions and one of targets, got a {type(o).__name__}')
-    pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
-    if pred.ndim < 2: return pred,targ.reshape(pred.shape),torch.ones_like(pred, dtype=torch.bool)
-    images = pred.ndim > 2 and targ.ndim == pred.ndim-1 and targ.shape[1:] == pred.shape[2:] # as torch's losses have them, which say no axis
-    axis = getattr(loss, 'axis', 1 if images else -1)
-    pred = pred.movedim(axis, -1)
-    k = pred.shape[-1]
-    if targ.numel() == pred.numel() and (k == 1 or targ.is_floating_point() or targ.ndim == pred.ndim):
-        targ = targ.reshape(pred.shape) if k == 1 or targ.shape == pred.shape else targ.movedim(axis, -1)
-        return pred.reshape(-1, k),targ.reshape(-1, k),pred.new_ones(pred.numel()//k, dtype=torch.bool)
+    pred,targ,of_indices = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor),_of_indices(loss)
+    if targ.numel() == pred.numel() and not of_indices: return _label_rows(pred, targ.reshape(pred.shape), _label_axis_of(loss, pred.ndim))
+    # where torch's losses have the classes, which say no axis; those of a function may be last, as a language model's are
+    axis = getattr(loss, 'axis', 1 if of_indices or targ.shape[1:] == pred.shape[2:] else -1)
+    k = pred.size(axis)
+    if targ.shape == pred.shape and (k > 1 or targ.is_floating_point()): return _label_rows(pred, targ, axis) # several classes, or a soft one
     if targ.numel()*k != pred.numel(): raise ValueError(f'predictions {tuple(pred.shape)} and targets {tuple(targ.shape)} do not go together')
     targ = targ.reshape(-1).long()
     keep = targ != getattr(getattr(loss, 'func', loss), 'ignore_index', -100)
-    return pred.reshape(-1, k),torch.where(keep, targ, 0),keep
+    return pred.movedim(axis, -1).reshape(-1, k),torch.where(keep, targ, 0),keep
 
 def _double(x):
     "Float64, where the device has it"

@@ -10,9 +10,10 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 import fastai.losses
-from .kernels.checks import check_eps, check_prior
-from .kernels.targets import sigmoid_q
+from .kernels.checks import check_eps, check_prior, warn
+from .kernels.targets import along, sigmoid_q
 from .losses import *
+from .losses import _given_axis, _label_axis_of
 from .prior import train_prior
 
 # %% ../nbs/03_callback.ipynb #a5a50fbc
@@ -50,21 +51,26 @@ def _check_hard(loss):
 _one_class = '{} is for one class a row, given by its index: use loss_func=LabelSmoothingCrossEntropyFlat(), or CrossEntropyLossFlat() and Learner.to_smooth(), not this callback'
 
 # %% ../nbs/03_callback.ipynb #85ca0beb
+class _SmoothedTargets(tuple):
+    "What `learn.yb` is between `before_backward` and `after_backward`; `hard` is what it was before."
+    hard = None
+
 class MultiLabelSmoothingCallback(Callback):
     """Smooths multi-label targets during training: a positive becomes 1-eps, a negative eps, and a soft label y y*(1-2eps)+eps.
 
-    Works with any loss of logits and floating targets (`BCEWithLogitsLossFlat`, with pos_weight, or your own): `learn.yb` is smoothed
-    between `before_backward` and `after_backward`, and what is backpropagated is the loss of the smoothed target, with all that other
-    callbacks did to the loss. The Recorder logs the smoothed training loss. Metrics, later callbacks and validation see hard labels.
+    Works with any loss of logits and floating targets (`BCEWithLogitsLossFlat`, with pos_weight, or your own). The loss that is
+    backpropagated, and that the Recorder logs, is that of the smoothed target, with all that other callbacks did to it; `learn.yb` is
+    smoothed from `before_backward` to `after_backward`. Metrics, later callbacks and validation see hard labels.
 
     Raises a ValueError for an eps or a prior out of range, and when a fit starts on a Learner with a second one, with a loss that smooths
     by itself, or with targets outside [0,1], as a regression has; a TypeError for a loss of class indices, and where there is not exactly
-    one target, shaped like the predictions; a RuntimeError where another callback put a loss of its own in place of `learn.loss_grad`.
+    one target, with an element for each prediction; an IndexError for an `axis` of the loss that the predictions lack; a RuntimeError
+    where another callback put a loss of its own in place of `learn.loss_grad`.
     A vectorised version of the forum's callback (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
-    # Below every fastai callback: first to see loss_grad in after_loss, before it is scaled in before_backward
-    order,run_valid = -60,False
-    _stateattrs = ('_hard','_leaf','_u')
-    _hard=_leaf=_u = None
+    order,run_valid = -math.inf,False # before all others: what they do to the loss, they do to the smoothed one
+    _stateattrs = ('_frequencies','_counted','_reached')
+    _frequencies=_counted = None
+    _reached = True
 
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]; Keras' `label_smoothing` is twice that
@@ -76,80 +82,103 @@ class MultiLabelSmoothingCallback(Callback):
         elif prior is not None: check_prior(prior, sigmoid=True)
         self.prior = prior
 
+    def __repr__(self): return f'{super().__repr__()}(eps={self.eps:g}' + ('' if self.prior is None else f', prior={self.prior!r}') + ')'
+
     @property
     def eps(self):
         "How much is smoothed, in [0,1/2]; can be set."
         return self._eps
 
     @eps.setter
-    def eps(self, v): self._eps = check_eps(v, .5)
+    def eps(self, v):
+        self._eps = check_eps(v, .5)
+        if self._eps == .5: warn('eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
 
     def before_fit(self):
         "Refuse what can't work, before anything is trained"
-        self._drop()
-        self._u = None
         if len(self.learn._grab_cbs(MultiLabelSmoothingCallback)) > 1:
             raise ValueError('this Learner has two MultiLabelSmoothingCallbacks: take one out with learn.remove_cb')
         _check_hard(_unmixed(self.learn.loss_func))
 
-    def before_train(self):
-        "Count the labels, once a fit (validation has no training labels to count)"
-        if self._u is None: self._u = train_prior(self.dls, multi=True) if isinstance(self.prior, str) else self.prior
-
-    def before_batch(self): self._drop()
-    def _drop(self): self._hard = self._leaf = None
+    def before_train(self): self._u()
 
     def after_pred(self):
         "A target that does not fit would fail in the loss, less clearly"
         if isinstance(self.pred, Tensor): self._check_target()
 
     def after_loss(self):
-        "Let the other callbacks build on a leaf, instead of on the hard loss"
+        "Put the smoothed loss in place of the hard one, before another callback builds on that"
         self._check_target()
         if self.train_iter == 0: self._check_labels()
-        self._leaf = self.learn.loss_grad.detach().requires_grad_()
-        self.learn.loss_grad = self._leaf.clone()
+        loss = self.learn.loss_func(self.pred, self._smoothed(self.yb[0]))
+        self._reached = not loss.requires_grad
+        if loss.requires_grad: loss.register_hook(self._reach)
+        self.learn.loss,self.learn.loss_grad = loss,loss.clone() # others change loss_grad in place
 
     def before_backward(self):
-        "Put the smoothed loss in place of the hard one in whatever `loss_grad` has become"
-        q = self._smoothed(self.yb[0])
-        loss = self.learn.loss_func(self.pred, q)
-        scale, = torch.autograd.grad(self.loss_grad, self._leaf, retain_graph=True, allow_unused=True)
-        if scale is None: raise RuntimeError('another callback put a loss of its own in place of loss_grad: it has no part to smooth')
-        self.learn.loss_grad = self.loss_grad + scale * (loss - self._leaf.detach())
-        self.learn.loss = loss.detach()
-        self._hard,self.learn.yb = self.learn.yb,(q,)
+        "Show the smoothed target to whoever looks"
+        yb = _SmoothedTargets([self._smoothed(self.yb[0])])
+        yb.hard,self.learn.yb = self.learn.yb,yb
 
-    def after_backward(self): self._restore()
+    def after_backward(self):
+        "Hard labels again; and did the gradient come from the smoothed loss?"
+        self._restore()
+        if not self._reached: raise RuntimeError('another callback put a loss of its own in place of loss_grad: it has no part to smooth')
+
+    def after_cancel_backward(self): self._reached = True # there is no gradient
     def after_cancel_batch(self): self._restore()
-    def after_cancel_train(self): self._restore()
-    def after_cancel_epoch(self): self._restore()
-    def after_cancel_fit(self): self._restore()
+    after_cancel_train=after_cancel_epoch=after_cancel_fit = after_cancel_batch
 
-    def _restore(self):
-        "Put back the hard labels, the very object"
-        if self._hard is not None: self.learn.yb = self._hard
-        self._drop()
+# %% ../nbs/03_callback.ipynb #mlhelper
+@patch
+def _reach(self:MultiLabelSmoothingCallback, grad): self._reached = True
 
-    def _smoothed(self, y):
-        if not y.is_floating_point(): y = y.to(self.pred.dtype)
-        return sigmoid_q(y, self.eps, None if self._u is None else self._u.to(y.device, y.dtype))
+@patch
+def _restore(self:MultiLabelSmoothingCallback):
+    "Put back the hard labels, the very object; before the first batch there are none"
+    yb = getattr(self.learn, 'yb', None)
+    if isinstance(yb, _SmoothedTargets): self.learn.yb = yb.hard
 
-    def _check_labels(self):
-        "Once a fit, as looking at values makes a GPU wait. Unknown labels are nan"
-        y = self.yb[0]
-        if not ((y < 0) | (y > 1)).any(): return
-        raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
-                         f'{_name(_unmixed(self.learn.loss_func))}: a regression has no labels to smooth')
+@patch
+def _u(self:MultiLabelSmoothingCallback):
+    "The prior [K], or None; label frequencies are counted once a DataLoader"
+    if not isinstance(self.prior, str): return self.prior
+    if self._counted is not self.dls.train:
+        axis = _given_axis(_unmixed(self.learn.loss_func))
+        self._frequencies,self._counted = train_prior(self.dls, multi=True, axis=axis),self.dls.train
+    return self._frequencies
 
-    def _check_target(self):
-        if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')
-        y,shape = self.yb[0],getattr(self.pred, 'shape', None)
-        if not isinstance(y, Tensor) or shape is None or y.numel() != shape.numel(): # (N,) goes with (N,1), which fastai's losses flatten
-            if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
-            raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
-        if self._u is not None and len(self._u) != shape[-1]:
-            raise ValueError(f'prior has {len(self._u)} labels, the predictions have {shape[-1]}')
+@patch
+def _smoothed(self:MultiLabelSmoothingCallback, y):
+    "q, of the shape of `y`; the prior lies along the labels of the predictions"
+    if not y.is_floating_point(): y = y.to(self.pred.dtype)
+    u = self._u()
+    if u is None: return sigmoid_q(y, self.eps)
+    axis = _label_axis_of(_unmixed(self.learn.loss_func), self.pred.ndim)
+    u = u.to(y.device, y.dtype)
+    if axis is not None: u = along(u, axis, self.pred.ndim)
+    return sigmoid_q(y.reshape(self.pred.shape), self.eps, u).reshape(y.shape)
+
+@patch
+def _check_labels(self:MultiLabelSmoothingCallback):
+    "Once a fit, as looking at values makes a GPU wait. Unknown labels are nan"
+    y = self.yb[0]
+    if not ((y < 0) | (y > 1)).any(): return
+    raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
+                     f'{_name(_unmixed(self.learn.loss_func))}: a regression has no labels to smooth')
+
+@patch
+def _check_target(self:MultiLabelSmoothingCallback):
+    "One target, as many elements as predictions: (N,) goes with (N,1), which fastai's losses flatten; and a prior that fits"
+    if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')
+    y,pred = self.yb[0],self.pred
+    if not (isinstance(y, Tensor) and isinstance(pred, Tensor) and y.numel() == pred.numel()):
+        shape = getattr(pred, 'shape', None)
+        if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
+        raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
+    u,axis = self._u(),_label_axis_of(_unmixed(self.learn.loss_func), pred.ndim)
+    k = 1 if axis is None else pred.shape[axis]
+    if u is not None and len(u) != k: raise ValueError(f'prior has {len(u)} labels, the predictions have {k}')
 
 # %% ../nbs/03_callback.ipynb #ae9bcba7
 def _eps_owner(learn):
@@ -165,39 +194,54 @@ def _eps_owner(learn):
 class LabelSmoothingScheduler(Callback):
     """Sets `eps` before each training batch to `sched(pct_train)`, for any fastai schedule such as `SchedCos(.2, 0.)`.
 
-    The values are in `recorder.hps['eps']` after the fit (`recorder.plot_sched()`), and eps is then back at its configured value.
+    Validation, and all else but training, goes by the configured eps, which is back after the fit; an eps that you set meanwhile is then
+    the configured one. The values are in `recorder.hps['eps']` after the fit (`recorder.plot_sched()`).
     Raises a TypeError for a `sched` that is no function, and when a fit starts on a Learner that has nothing to smooth with; a
     ValueError at the first batch for which `sched` gives an eps out of range."""
-    order,run_valid = ParamScheduler.order + 1,False # after ParamScheduler, whose after_fit overwrites recorder.hps
-    _stateattrs = ('_owner','_configured')
-    _owner=_configured = None
+    order,run_valid = math.inf,False # the last before the loss; and after ParamScheduler, whose after_fit overwrites recorder.hps
+    _stateattrs = ('_owner','_configured','_scheduled')
+    _owner=_configured=_scheduled = None
 
     def __init__(self,
         sched:Callable # From the share of training done, in [0,1], to eps
     ):
         if not callable(sched): raise TypeError(f'sched must be a function from [0,1] to eps, such as SchedCos(.2, 0.), got {sched!r}')
-        self.sched = sched
+        self.sched,self.eps_values = sched,[]
 
     def before_fit(self):
-        "Take the loss now: MixUp puts its own in its place later"
-        self._restore()
-        self._owner,self.eps_values = _eps_owner(self.learn),[]
-        self._configured = self._owner.eps
+        "Also comes before a validation or prediction, in the middle of a batch perhaps: fastai holds `learn.lock` during these"
+        self._put_back()
+        if self.learn.lock.locked(): return
+        _eps_owner(self.learn) # raises where there is none
+        self.eps_values = []
 
-    def before_batch(self): self._owner.eps = check_eps(self.sched(self.pct_train))
-    def after_batch(self): self.eps_values.append(self._owner.eps)
+    def before_batch(self): self._schedule()
+    def after_pred(self): self._schedule() # again, as the eps was put back if something validated since
+    def after_batch(self): self.eps_values.append(self._scheduled)
+    def after_train(self): self._put_back()
+    after_cancel_train=after_cancel_epoch=after_cancel_fit = after_train
 
     def after_fit(self):
-        begun = self._owner is not None # not in a fit that is cancelled at once
-        self._restore()
-        if not (begun and self.eps_values and hasattr(self.learn, 'recorder')): return
+        if self.learn.lock.locked(): return
+        values,self.eps_values = self.eps_values,[]
+        if not (values and hasattr(self.learn, 'recorder')): return
         this_fit = {k:v for cb in self.learn._grab_cbs(ParamScheduler) for k,v in getattr(cb, 'hps', {}).items()}
-        self.learn.recorder.hps = {**this_fit, 'eps': self.eps_values}
+        self.learn.recorder.hps = {**this_fit, 'eps': values}
 
-    def _restore(self):
-        if self._owner is not None: self._owner.eps = self._configured
+    def _schedule(self):
+        "Set eps; what it is now was configured, or set by the user since, unless it is what was set here"
+        owner = _eps_owner(self.learn)
+        if owner is not self._owner or owner.eps is not self._scheduled:
+            self._put_back()
+            self._owner,self._configured = owner,owner.eps
+        owner.eps = check_eps(self.sched(self.pct_train))
+        self._scheduled = owner.eps
+
+    def _put_back(self):
+        "The configured eps, unless another was set since"
+        if self._owner is not None and self._owner.eps is self._scheduled: self._owner.eps = self._configured
         self._owner = None
 
     def __setattr__(self, name, value):
-        if name=='learn' and value is None: self._restore() # taken off the Learner, perhaps by an exception
+        if name=='learn' and value is None: self._put_back() # taken off the Learner, perhaps by an exception
         super().__setattr__(name, value)

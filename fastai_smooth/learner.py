@@ -10,6 +10,7 @@ from fastai.basics import *
 import fastai.losses, fastai.vision.learner, functools, inspect
 from .kernels.checks import check_values
 from .losses import *
+from .losses import _given_axis
 from .prior import train_prior
 from .callback import MultiLabelSmoothingCallback, _name, _set_loss, _unmixed
 from .kernels.checks import warn
@@ -75,9 +76,7 @@ def _smooth_sigmoid(loss, dls, eps, prior, spread, smooth_valid):
     if smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
                                       'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
     if spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
-    axis = getattr(loss, 'axis', -1)
-    if axis == -1: axis = None # fastai's default is no choice
-    return MultiLabelSmoothingCallback(ifnone(eps, .05), _resolved(prior, dls, multi=True, axis=axis))
+    return MultiLabelSmoothingCallback(ifnone(eps, .05), _resolved(prior, dls, multi=True, axis=_given_axis(loss)))
 
 def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
     if isinstance(c := getattr(dls, 'c', None), int) and c == 1: warn('these data have one class: the loss is 0 whatever is predicted, there is nothing to learn or smooth')

@@ -11,7 +11,7 @@ from fastai.basics import *
 import inspect
 from .kernels import functional as K
 from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows, class_axis, warn
-from .kernels.targets import Smoothing
+from .kernels.targets import Smoothing, label_axis
 
 # %% ../nbs/01_losses.ipynb #50675ff6
 def _as_text(v):
@@ -295,6 +295,16 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
     thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
     axis = _of_module('axis', "Label axis, of the prior; can be set.")
     def _target_shape(self, inp): return inp.shape
+
+# %% ../nbs/01_losses.ipynb #labelax1
+def _given_axis(loss):
+    "The label axis that a sigmoid loss was given, or None; the -1 that fastai's losses have by default is none."
+    axis = getattr(loss, 'axis', None)
+    return None if axis == -1 and not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)) else axis
+
+def _label_axis_of(loss, ndim):
+    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given."
+    return label_axis(ndim, _given_axis(loss))
 
 # %% ../nbs/01_losses.ipynb #tmpr0002
 class TemperedActivation:

@@ -13,7 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 import fastai.losses as fastai_losses
-from fastai_smooth.all import LabelSmoothingCrossEntropyFlat
+from fastai_smooth.all import LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat
 from fastai_smooth.calibration import *
 from processes import fastai_on_cpu, in_processes, needs_fork
 
@@ -638,6 +638,70 @@ def test_torch_s_losses_have_the_classes_of_images_along_axis_1():
     x, y, keep = prediction_rows(pred, targ, torch.nn.CrossEntropyLoss())
     near(F.cross_entropy(x, y), F.cross_entropy(pred, targ))
     with pytest.raises(TypeError, match='one tensor .* got a tuple'): prediction_rows((pred,), targ)
+
+
+def with_axis(loss, axis):
+    loss.axis = axis
+    return loss
+
+
+@pytest.mark.parametrize('shape, loss, axis', [
+    ((5, 3), BCEWithLogitsLossFlat(), 1), ((5, 3, 2, 2), BCEWithLogitsLossFlat(), 1), ((5, 3, 2, 2, 2), F.binary_cross_entropy_with_logits, 1),
+    ((5, 3, 2), BCEWithLogitsLossFlat(), None), ((5, 3, 2), nn.BCEWithLogitsLoss(), None), ((5, 3, 2, 2), BCEWithLogitsLossFlat(axis=2), 2),
+    ((5, 3, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), -1), 2), ((5, 3, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), None),
+    ((5, 3, 2, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), 1)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.int64])
+def test_where_labels_are(shape, loss, axis, dtype):
+    "axis 1 of (N,K) and of images and volumes, one label in masks, and otherwise where a loss was told so; -1 is fastai's default"
+    pred = torch.randn(shape)
+    targ = (torch.rand(shape) < .5).to(dtype)
+    x, y, keep = prediction_rows(pred, targ, loss)
+    k = 1 if axis is None else shape[axis]
+    for rows, o in (x, pred), (y, targ):
+        assert rows.shape == (pred.numel()//k, k)
+        if axis is None: assert torch.equal(rows.flatten(), o.flatten())
+        else: assert all(torch.equal(rows[:, i], o.select(axis, i).flatten()) for i in range(k))
+    assert keep.all() and keep.shape == x.shape[:1]
+
+
+@pytest.mark.parametrize('x_shape, y_shape', [((4, 1, 3, 2), (4, 3, 2)), ((4, 3, 2), (4, 1, 3, 2)), ((4, 1), (4,)), ((4,), (4, 1))], ids=str)
+def test_as_many_targets_as_predictions_are_labels(x_shape, y_shape):
+    "Both fastai's and our sigmoid losses take them"
+    pred, targ = torch.randn(x_shape), (torch.rand(y_shape) < .5).long()
+    x, y, _ = prediction_rows(pred, targ, BCEWithLogitsLossFlat())
+    assert x.shape == y.shape == ((4,) if x_shape == (4,) else (pred.numel(), 1))
+    assert torch.equal(x.flatten(), pred.flatten()) and torch.equal(y.flatten(), targ.flatten())
+
+
+class OneParameter(nn.Module):
+    "Gives its input"
+    def __init__(self): super().__init__(); self.one = nn.Parameter(torch.ones(()))
+    def forward(self, x): return x*self.one
+
+
+def as_is(x, y, loss, n_valid=None): return tensor_learner(tensor_dls(x, y, 10, n_valid), OneParameter(), loss)
+
+
+@pytest.mark.parametrize('y_shape', [(30, 1, 16, 16), (30, 16, 16)], ids=str)
+def test_columns_of_an_image_are_no_labels(y_shape):
+    "Perfectly calibrated masks of one label: the error is that of all pixels, not the mean of 16 columns'"
+    torch.manual_seed(0)
+    x = torch.randn(30, 1, 16, 16)*2
+    y = torch.bernoulli(x.sigmoid())
+    learn = as_is(torch.cat([x, x]), torch.cat([y, y]).reshape(60, *y_shape[1:]), BCEWithLogitsLossFlat(), 30)
+    learn.metrics = [NLL(), ECE()]
+    loss, value, error = learn.validate()
+    near(value, loss, 1e-6)
+    near(error, calibration_error(x.sigmoid().flatten(), y.flatten()), 1e-6)
+    assert error < .02
+
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(.1), fastai_losses.FocalLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy], ids=str)
+def test_a_softmax_over_one_class_is_always_right(loss):
+    y_shape = (20,) if loss is F.cross_entropy or isinstance(loss, nn.Module) else (20, 1)
+    learn = as_is(rows_of(20, 1), torch.zeros(y_shape, dtype=torch.long), loss, 10)
+    learn.metrics = [m(act=partial(F.softmax, dim=-1)) for m in (NLL, Brier, ECE, ClasswiseECE, SmoothECE)]
+    near(learn.validate(), [0]*6)
 
 
 # ---------------------------------------------------------------- reliability

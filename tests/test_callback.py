@@ -251,16 +251,13 @@ def test_point_2_training_metrics_see_hard_labels():
     assert values[list(names).index('train_metric')-1] == 1.
 
 
-def test_point_2_stored_tensors_are_dropped_and_declared():
-    "Targets, losses and leaves of a batch, that is: what has another shape than the prior, which is configuration"
+def test_point_2_no_tensor_of_a_batch_is_stored():
+    "What has another shape than the prior, which is configuration: nothing that a validation in between could lose, or a pickle carry"
     def has(v): return v.shape != (5,) if isinstance(v, Tensor) else isinstance(v, tuple) and any(map(has, v))
-    def tensors_of(cb): return {k for k, v in vars(cb).items() if has(v)}
     cb = MultiLabelSmoothingCallback(.1, prior=torch.full((5,), .3))
-    during = Spy(lambda l: tensors_of(cb), 'after_loss', 'before_backward', order=99)
-    learn = multi_learner(cbs=[cb, during])
-    learn.fit(1)
-    assert set() < set().union(*during.train()) <= set(cb._stateattrs)
-    assert tensors_of(cb) == set()
+    during = Spy(lambda l: {k for k, v in vars(cb).items() if has(v)}, 'after_loss', 'before_backward', 'after_backward', order=99)
+    multi_learner(cbs=[cb, during]).fit(1)
+    assert len(during.seen) > 3 and not set().union(*(o for _, o in during.seen))
 
 
 # ---------------------------------------------------------------- point 3: validation is untouched
@@ -414,6 +411,33 @@ def test_point_4_a_loss_put_in_the_place_of_loss_grad():
         multi_learner(cbs=[MultiLabelSmoothingCallback(), Replace()]).fit(1)
 
 
+class Early(Callback):
+    "A term and a factor from before all of fastai's callbacks, as distillation adds them"
+    order = -100
+    def __init__(self, f): self.f = f
+    def after_loss(self):
+        if self.training: self.learn.loss_grad = self.f(self.learn.loss_grad, self.model[0].weight)
+
+
+@pytest.mark.parametrize('order', [-1e9, -100, 0])
+@pytest.mark.parametrize('f', [lambda l, w: l + 10*w.pow(2).sum(), lambda l, w: .5*l + .5*w.abs().sum(), lambda l, w: (l-.5).abs() + .5],
+                         ids=['term', 'factor', 'flooding'])
+def test_point_4_what_came_earlier_is_kept(f, order):
+    "Whatever its order, and also where it is not affine in the loss"
+    a, b = multi_learner(cbs=[Early(f), MultiLabelSmoothingCallback(EPS)]), reference_learner(cbs=[Early(f)])
+    for learn in (a, b): learn.early.order = order
+    same_training(a, b)
+
+
+def test_point_4_a_cancelled_backward_has_no_gradient_to_ask_about():
+    class Skip(Callback):
+        order = 99
+        def before_backward(self):
+            if self.iter == 1: raise CancelBackwardException
+    ours, ref = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS), Skip()]), reference_learner(cbs=[Skip()])
+    close(weights(fit_seeded(ours)), weights(fit_seeded(ref)))
+
+
 def test_point_4_the_hard_loss_is_not_run_backward():
     "Its graph is never needed: one backward a batch through the model, one through the loss, and that the smoothed one"
     class Count(torch.autograd.Function):
@@ -469,6 +493,72 @@ def test_point_5_a_prior_for_each_label():
     ours = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, prior=prior), q, y])
     same_training(ours, reference_learner(u=prior))
     for a, b in zip(q.train(), y.train()): close(a, b*.75 + .25*prior)
+
+
+class Validates(Callback):
+    "Of a user: validates after each step, and goes on training"
+    def after_step(self):
+        self.learn.validate()
+        self.learn.training = True
+        self.model.train()
+
+
+def test_a_prior_outlives_a_validation():
+    "0.2 of the negatives' mass goes by the prior in every batch"
+    prior = tensor([.05, .1, .2, .3, .4])
+    q = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99)
+    learn = tensor_learner(multi_dls(), mlp(), BCEWithLogitsLossFlat(), cbs=[q, Validates()]).to_smooth(.2, prior=prior)
+    learn.fit(1)
+    negatives = torch.cat(q.train()).amin(0)
+    assert len(q.train()) == 3
+    close(negatives, tensor([.02, .04, .08, .12, .16]))
+
+
+@pytest.mark.parametrize('shape,prior', [((3, 4, 4), tensor([.1, .2, .3])), ((1, 4, 4), tensor([.1])), ((4, 4), tensor([.1]))])
+def test_a_prior_of_images(shape, prior):
+    "It lies along the channels; masks (N,H,W) are of one label"
+    x, y = torch.randn(16, *shape), (torch.rand(16, *shape) < .5).float()
+    q = Spy(lambda l: (l.yb[0].clone(), l._hard[0]), 'before_backward', order=99)
+    keep = Spy(lambda l: setattr(l, '_hard', l.yb), 'before_batch')
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), x[0].numel()), nn.Unflatten(1, shape))
+    multi_learner(dls=tensor_dls(x, y, 8), model=model, cbs=[MultiLabelSmoothingCallback(EPS, prior), keep, q]).fit(1)
+    for soft, hard in q.train(): close(soft, .75*hard + .25*(prior.view(-1, 1, 1) if len(shape) == 3 else prior))
+    with pytest.raises(ValueError, match='prior has 4 labels, the predictions have'):
+        multi_learner(dls=tensor_dls(x, y, 8), model=model, cbs=[MultiLabelSmoothingCallback(EPS, torch.rand(4))]).fit(1)
+
+
+def test_one_logit_and_flat_targets():
+    "(N,1) logits with (N,) targets, which fastai's BCEWithLogitsLossFlat flattens"
+    dls = tensor_dls(torch.randn(32, 6), (torch.rand(32) < .5).float(), 8)
+    q = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99)
+    ours = multi_learner(dls=dls, model=mlp(k=1), cbs=[MultiLabelSmoothingCallback(EPS, tensor([.5])), q])
+    same_training(ours, reference_learner(dls=dls, model=mlp(k=1)))
+    assert {o.shape for o in q.train()} == {(8,)}
+
+
+def test_frequencies_are_counted_once_a_loader(monkeypatch):
+    import fastai_smooth.callback as module
+    counted = []
+    monkeypatch.setattr(module, 'train_prior', lambda dls, multi: counted.append(dls) or torch.full((5,), .25))
+    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, 'train'), Validates()])
+    learn.fit(2)
+    learn.fit(1)
+    assert len(counted) == 1
+    learn.dls = multi_dls(seed=1)
+    learn.fit(1)
+    assert len(counted) == 2
+
+
+def test_it_shows_eps_and_prior():
+    assert repr(MultiLabelSmoothingCallback()) == 'MultiLabelSmoothingCallback(eps=0.05)'
+    assert repr(MultiLabelSmoothingCallback(.1, 'train')) == "MultiLabelSmoothingCallback(eps=0.1, prior='train')"
+    assert 'prior=tensor([0.2500, 0.5000])' in repr(MultiLabelSmoothingCallback(.1, tensor([.25, .5])))
+
+
+def test_eps_of_a_half_leaves_nothing_to_learn():
+    with pytest.warns(UserWarning, match='positives and negatives the same') as said: cb = MultiLabelSmoothingCallback(.5)
+    with pytest.warns(UserWarning, match='positives and negatives the same'): cb.eps = .5
+    assert len(said) == 1
 
 
 def test_point_5_unknown_labels_stay_nan():

@@ -153,7 +153,7 @@ def test_eps_is_back_at_the_next_before_fit_after_an_exception(mix):
         learn.fit(2, cbs=power_cut())
     learn.loss_func = loss  # MixUp leaves its own there; the user puts theirs back
     if mix: learn.remove_cb(MixUp)
-    seen = Spy(lambda l: loss.eps, 'before_batch', order=99)
+    seen = Spy(lambda l: loss.eps, 'after_loss')
     learn.add_cb(seen).validate()
     assert set(seen.valid()) == {.1}
     learn.fit(1)
@@ -176,6 +176,43 @@ def test_a_new_configured_eps_is_kept():
     learn.loss_func.eps = .05
     learn.fit(1)
     assert learn.loss_func.eps == .05
+
+
+def test_eps_that_the_user_sets_stays():
+    "After an exception, and in the middle of a fit"
+    learn = learner(cbs=[LabelSmoothingScheduler(SchedLin(.3, .2))])
+    with pytest.raises(RuntimeError, match='power cut'): learn.fit(2, cbs=power_cut())
+    learn.loss_func.eps = .3
+    learn.validate()
+    assert learn.loss_func.eps == .3
+    learn.fit(1)
+    assert learn.loss_func.eps == .3
+    class Sets(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 1: self.loss_func.eps = .05
+    learn.fit(1, cbs=Sets())
+    close([float(e) for e in learn.recorder.hps['eps']], expected(SchedLin(.3, .2), 1))
+    assert learn.loss_func.eps == .05
+
+
+def test_validation_goes_by_the_configured_eps():
+    "So that the losses of epochs can be compared"
+    learn = learner(cbs=[LabelSmoothingScheduler(SchedLin(.3, .2)), seen := Spy(lambda l: l.loss_func.eps, 'after_loss')])
+    learn.fit(2)
+    assert set(seen.valid()) == {.1} and .1 not in seen.train()
+
+
+class Between(Callback):
+    "Validates after each epoch, and predicts after its training"
+    def after_epoch(self):
+        if not self.learn.lock.locked(): self.learn.validate()
+    def after_train(self): self.learn.get_preds()
+
+
+def test_validating_between_epochs():
+    learn = learner(cbs=[LabelSmoothingScheduler(SchedNo(.3, .3)), Between(), seen := Spy(lambda l: l.loss_func.eps, 'after_loss')])
+    learn.fit(2)
+    assert seen.train() == [.3]*2*N_TRAIN and learn.loss_func.eps == .1
 
 
 # ---------------------------------------------------------------- with others

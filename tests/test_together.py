@@ -79,8 +79,7 @@ TRIPLES = [  # two of fastai's that meet ours at the same events
 # ---------------------------------------------------------------- Learners
 
 class Watch(Callback):
-    """Notes the events at which `yb` is not the very tuple that it was before the batch's backward, or has another value;
-    and what ours hold of an earlier batch when the next one starts."""
+    "Notes the events at which `yb` is not the very tuple that it was before the batch's backward, or has another value."
     order, hard = 98, None
     def __init__(self):
         self.wrong = set()
@@ -90,9 +89,7 @@ class Watch(Callback):
         # CastToTensor and MixUp put a `yb` of their own in before_batch: keeps what a fault before them leaves
         self.early = Spy(self._keep, 'before_batch', order=-100)
     def before_fit(self): self.hard = None
-    def before_batch(self):
-        self._keep(self.learn)
-        self.wrong |= {f'{cb}.{k}' for cb in self.learn.mine for k in ('_hard', '_leaf') if getattr(cb, k, None) is not None}
+    def before_batch(self): self._keep(self.learn)
     def _keep(self, learn): self.hard, self.value = learn.yb, learn.yb[0].clone()
     def _ask(self, event):
         if self.hard is None: return
