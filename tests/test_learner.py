@@ -584,6 +584,26 @@ def test_language_model_learner():
     assert torch.isfinite(losses).all()
 
 
+# ---------------------------------------------------------------- multi-hot floats under a loss of one class
+
+@pytest.mark.parametrize('make', [
+    lambda: LabelSmoothingCrossEntropyFlat(.1), lambda: CrossEntropyLossFlat(), lambda: nn.CrossEntropyLoss()], ids=['ours', 'flat', 'torch'])
+def test_multi_hot_floats_under_a_loss_of_one_class(make):
+    "What fastai's MultiCategoryBlock gives: the first batch says what to use, and nothing is trained"
+    learn = multi(make())
+    if not isinstance(learn.loss_func, LabelSmoothingCrossEntropyFlat): learn.to_smooth()
+    before = weights(learn).clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='sum to 1.*multi_hot=True.*LabelSmoothingBCEWithLogitsFlat'): learn.fit(1)
+    assert torch.equal(weights(learn), before)
+
+
+def test_soft_targets_that_sum_to_one_train():
+    y = logits(64, 4).softmax(1)
+    learn = tensor_learner(tensor_dls(logits(64, 6, seed=1), y, bs=16), mlp(k=4), CrossEntropyLossFlat()).to_smooth(.2)
+    for pred, y, loss in batches_of(learn)[0]: close(loss, ce(pred, y, label_smoothing=.2))
+
+
 # ---------------------------------------------------------------- prior='train'
 
 def smooth_with(prior, x, y, eps):
@@ -675,6 +695,27 @@ def test_prior_of_a_language_model_counts_tokens():
     # whether the two ends of the stream count as targets is a matter of a token or two in 200
     close(counted, prior, atol=.01)
     assert (counted-1/n).abs().max() > .1 and abs(counted.sum()-1) < 1e-4
+
+
+@pytest.mark.parametrize('channels,logit_shape', [(2, (2, 4, 3)), (None, (4, 3)), (None, (1, 4, 3))])
+def test_prior_of_masks_for_a_sigmoid_loss(channels, logit_shape):
+    "One frequency a channel of (N,C,H,W), and one of (N,H,W) masks, whose logits may be (N,1,H,W)"
+    shape = (4, 3) if channels is None else (channels, 4, 3)
+    y = (torch.rand(16, *shape, generator=torch.Generator().manual_seed(0)) < tensor([.2, .6, .9])).float()
+    prior = y.mean() if channels is None else y.mean((0, 2, 3)).reshape(2, 1, 1)
+    dsets = Datasets(range(16), [[lambda i: torch.full(logit_shape, float(i))], [y.__getitem__]], splits=[range(16), range(4)])
+    learn = tensor_learner(dsets.dataloaders(bs=4, num_workers=0, device=CPU), Scaled(), BCEWithLogitsLossFlat()).to_smooth(.2, prior='train')
+    q = Spy(lambda l: (l.yb[0].clone(), l.pred.shape), 'before_backward', order=99)
+    hard = Spy(lambda l: l.yb[0].clone(), 'before_batch')
+    learn.fit(1, cbs=[q, hard])
+    for (smoothed, pred), y in zip(q.train(), hard.train()):
+        close(smoothed, .6*y + .4*prior)
+        assert pred[1:] == logit_shape
+
+
+class Scaled(nn.Module):
+    def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, x): return x*self.scale
 
 
 def test_no_labels_to_count():
