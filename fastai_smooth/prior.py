@@ -108,7 +108,7 @@ def _after(dl, event, y):
     A blank image stands for the inputs of a batch of masks: from its size and dtype the transforms draw their random numbers."""
     split_idx,used = getattr(dl.dataset, 'split_idx', None),False
     for f in _tfms(dl, event):
-        if isinstance(f, ItemTransform) or not _takes(f, y): continue
+        if not _takes(f, y): continue
         blank = [TensorImage(torch.zeros(len(y), 3, *y.shape[-2:], device=y.device))] if event == 'after_batch' and y.ndim > 2 else []
         y,used = f((*blank,y), split_idx=split_idx)[-1],True
     return y,used
