@@ -713,6 +713,18 @@ def test_prior_of_masks_for_a_sigmoid_loss(channels, logit_shape):
         assert pred[1:] == logit_shape
 
 
+@pytest.mark.parametrize('how', ['to_smooth', 'callback'])
+def test_prior_of_labels_along_an_axis_that_the_loss_was_given(how):
+    y = (torch.rand(16, 4, 3, generator=torch.Generator().manual_seed(0)) < tensor([.2, .6, .9])).float()
+    dsets = Datasets(range(16), [[lambda i: torch.full((4, 3), float(i))], [y.__getitem__]], splits=[range(16), range(4)])
+    learn = tensor_learner(dsets.dataloaders(bs=4, num_workers=0, device=CPU), Scaled(), BCEWithLogitsLossFlat(axis=2))
+    if how == 'to_smooth': learn.to_smooth(.2, prior='train')
+    else: learn.add_cb(MultiLabelSmoothingCallback(.2, 'train'))
+    q, hard = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99), Spy(lambda l: l.yb[0].clone(), 'before_batch')
+    learn.fit(1, cbs=[q, hard])
+    for smoothed, o in zip(q.train(), hard.train()): close(smoothed, .6*o + .4*y.mean((0, 1)))
+
+
 class Scaled(nn.Module):
     def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(()))
     def forward(self, x): return x*self.scale
