@@ -13,7 +13,7 @@ import fastai.losses
 from .kernels.checks import check_eps, check_prior, warn
 from .kernels.targets import along, sigmoid_q
 from .losses import *
-from .losses import _label_axis_of
+from .losses import _given_axis, _label_axis_of
 from .prior import train_prior
 
 # %% ../nbs/03_callback.ipynb #a5a50fbc
@@ -21,6 +21,18 @@ def _unmixed(loss_func):
     "`loss_func`, or the loss underneath where `MixUp` or `CutMix` put (or, after an exception, left) theirs in its place."
     owner = getattr(loss_func, '__self__', None)
     return owner.old_lf if isinstance(owner, MixHandler) else loss_func
+
+def _is_training(learn):
+    "Is this called from a training of `learn`? The stack knows; all else an exception leaves as it was."
+    frame = sys._getframe()
+    while frame and not (frame.f_code.co_name == '_do_epoch_train' and frame.f_locals.get('self') is learn): frame = frame.f_back
+    return frame is not None
+
+def _set_loss(learn, loss):
+    "Makes `loss` the one that `_unmixed` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
+    owner = getattr(learn.loss_func, '__self__', None)
+    if isinstance(owner, MixHandler) and _is_training(learn): owner.old_lf = loss
+    else: learn.loss_func = loss
 
 _smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                      fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
@@ -131,7 +143,9 @@ def _restore(self:MultiLabelSmoothingCallback):
 def _u(self:MultiLabelSmoothingCallback):
     "The prior [K], or None; label frequencies are counted once a DataLoader"
     if not isinstance(self.prior, str): return self.prior
-    if self._counted is not self.dls.train: self._frequencies,self._counted = train_prior(self.dls, multi=True),self.dls.train
+    if self._counted is not self.dls.train:
+        axis = _given_axis(_unmixed(self.learn.loss_func))
+        self._frequencies,self._counted = train_prior(self.dls, multi=True, axis=axis),self.dls.train
     return self._frequencies
 
 @patch

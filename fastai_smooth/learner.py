@@ -10,8 +10,9 @@ from fastai.basics import *
 import fastai.losses, fastai.vision.learner, functools, inspect
 from .kernels.checks import check_values
 from .losses import *
+from .losses import _given_axis
 from .prior import train_prior
-from .callback import MultiLabelSmoothingCallback, _name, _unmixed
+from .callback import MultiLabelSmoothingCallback, _name, _set_loss, _unmixed
 from .kernels.checks import warn
 
 # %% ../nbs/04_learner.ipynb #bce3be66
@@ -47,12 +48,17 @@ _softmax_options = { # type of loss -> the options to carry over
     nn.CrossEntropyLoss: lambda o: _func_options(o) | _functional,
 }
 _sigmoid_losses = fastai.losses.BCEWithLogitsLossFlat, nn.BCEWithLogitsLoss
+_regressions = nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss
+_regression_functions = F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss
 
 def _options(loss):
     "Options of `LabelSmoothingCrossEntropyFlat` that carry over from `loss`; None where the callback is the thing."
     if loss is F.cross_entropy: return _functional
     if type(loss) in _softmax_options: return _softmax_options[type(loss)](loss)
     if type(loss) in _sigmoid_losses: return None
+    func = getattr(loss, 'func', loss)
+    if isinstance(func, _regressions) or func in _regression_functions:
+        raise TypeError(f'{_name(func)} is for regression, where targets are numbers: there are no labels to smooth')
     supported = ', '.join(dict.fromkeys(t.__name__ for t in (*_softmax_options, *_sigmoid_losses))) # ours has the name of fastai's
     raise TypeError(f"can't smooth the labels of {_name(loss)}: supported are {supported} and F.cross_entropy "
                     "(exactly these, no subclasses). Pass a loss that smooths as loss_func= instead")
@@ -66,13 +72,14 @@ def _resolved(prior, dls, **kwargs):
     if prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
     return train_prior(dls, **kwargs)
 
-def _smooth_sigmoid(dls, eps, prior, spread, smooth_valid):
+def _smooth_sigmoid(loss, dls, eps, prior, spread, smooth_valid):
     if smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
                                       'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
     if spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
-    return MultiLabelSmoothingCallback(ifnone(eps, .05), _resolved(prior, dls, multi=True))
+    return MultiLabelSmoothingCallback(ifnone(eps, .05), _resolved(prior, dls, multi=True, axis=_given_axis(loss)))
 
 def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
+    if isinstance(c := getattr(dls, 'c', None), int) and c == 1: warn('these data have one class: the loss is 0 whatever is predicted, there is nothing to learn or smooth')
     prior = _resolved(prior, dls, ignore_index=options.get('ignore_index', -100))
     return SmoothedCrossEntropyFlat(ifnone(eps, .1), prior=prior, spread=spread, hard=loss, smooth_valid=smooth_valid, **options)
 
@@ -92,7 +99,7 @@ def _found_loss(learn):
 # %% ../nbs/04_learner.ipynb #ad81fcce
 @patch
 def to_smooth(self:Learner,
-    eps:float=None, # Smoothing in [0,1] (None: .1), for multi-label losses in [0,1/2] (None: .05); one-class losses also take a Tensor[K]
+    eps:float=None, # Smoothing in [0,1] (None: .1), for multi-label losses in [0,1/2] (None: .05), or what `eps_find` gave; one-class losses also take a Tensor[K]
     *,
     prior:Tensor|str=None, # Where the mass goes: Tensor[K], for one-class losses also [K,K], or 'train' for the label frequencies of `dls.train`
     spread:str='all', # One-class losses: 'all' (true class 1-eps+eps/K, others eps/K) or 'others' (1-eps, eps/(K-1))
@@ -107,12 +114,14 @@ def to_smooth(self:Learner,
 
     Raises a TypeError for any other loss, and for `prior='train'` where the labels can't be counted, and a ValueError for options out of
     range; the Learner is then unchanged."""
+    eps = getattr(eps, 'eps', eps) # what eps_find suggests
+    if isinstance(eps, str): raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
     loss,cbs = _found_loss(self),[]
     options = _options(loss)
-    if options is None: new,cbs = loss,[_smooth_sigmoid(self.dls, eps, prior, spread, smooth_valid)]
+    if options is None: new,cbs = loss,[_smooth_sigmoid(loss, self.dls, eps, prior, spread, smooth_valid)]
     else: new = _smooth_softmax(loss, options, self.dls, eps, prior, spread, smooth_valid)
     self.remove_cb(MultiLabelSmoothingCallback)
-    self.loss_func = _with_temperature_of(self, new)
+    _set_loss(self, _with_temperature_of(self, new))
     return self.add_cbs(cbs)
 
 # %% ../nbs/04_learner.ipynb #93f8f6e4
@@ -126,7 +135,7 @@ def to_hard(self:Learner) -> Learner: # self
         ours = isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat))
         raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it'
                          + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if ours else ''))
-    self.loss_func = _with_temperature_of(self, loss)
+    _set_loss(self, _with_temperature_of(self, loss))
     return self.remove_cbs(cbs)
 
 # %% ../nbs/04_learner.ipynb #c7b0567c
@@ -148,13 +157,39 @@ def _with_flag(f):
 # %% ../nbs/04_learner.ipynb #5fa516f4
 _fastai_init = getattr(Learner.__init__, '_fastai_init', Learner.__init__) # fastai's own, also when this module is reloaded
 
+def _is_last(init): return getattr(init, '_last', None) is init
+
+def _then_flag(init):
+    "`init` of a class of Learners, after which the flag is carried out, if it is the outermost one: it may set another loss than `Learner.__init__`."
+    if _is_last(init): return init
+    @functools.wraps(init)
+    def f(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if type(self).__init__ is f: _smoothed(self, vars(self).pop('_flag', None))
+    f._last = f
+    return f
+
 @functools.wraps(_fastai_init)
 def _init(self, *args, label_smoothing=None, **kwargs):
     _fastai_init(self, *args, **kwargs)
-    _smoothed(self, label_smoothing)
+    if _is_last(type(self).__init__): self._flag = label_smoothing # and that of a subclass is not through yet
+    else: _smoothed(self, label_smoothing)
 
 _init._fastai_init,_init.__signature__ = _fastai_init,_with_flag(_fastai_init)
 Learner.__init__ = _init
+
+# %% ../nbs/04_learner.ipynb #flaglast
+def _flag_last(cls):
+    "Lets the flag wait for the end of `cls.__init__`, and of those of its subclasses."
+    if '__init__' in vars(cls): cls.__init__ = _then_flag(cls.__init__)
+    for o in cls.__subclasses__(): _flag_last(o)
+
+def _init_subclass(cls, **kwargs):
+    super(Learner, cls).__init_subclass__(**kwargs)
+    _flag_last(cls)
+
+Learner.__init_subclass__ = classmethod(_init_subclass)
+for cls in Learner.__subclasses__(): _flag_last(cls) # those that are there already
 
 # %% ../nbs/04_learner.ipynb #439b5c02
 def _wrapped(f):

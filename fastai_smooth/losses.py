@@ -8,11 +8,17 @@ __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSm
 
 # %% ../nbs/01_losses.ipynb #2149c50c
 from fastai.basics import *
+import inspect
 from .kernels import functional as K
-from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, class_axis
+from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows, class_axis, warn
 from .kernels.targets import Smoothing, label_axis
 
 # %% ../nbs/01_losses.ipynb #50675ff6
+def _as_text(v):
+    "An option as text: of a tensor the values, or of a large one its shape."
+    if not isinstance(v, Tensor): return repr(v)
+    return f'Tensor{list(v.shape)}' if v.numel() > 10 or v.is_meta else str(np.round(v.tolist(), 3).tolist())
+
 class _Smooth(nn.Module):
     "What both modules share: options that are checked when they are set, and the buffers."
     _top = 1.   # the largest eps
@@ -33,13 +39,24 @@ class _Smooth(nn.Module):
     def eps(self, v):
         v = check_eps(K.unwrapped('eps', v) if isinstance(v, Tensor) else v, self._top, values=not K.tracing(*[v]*isinstance(v, Tensor)))
         self._check(v)
+        before = self.__dict__.get('_eps')
+        if not isinstance(v, Tensor) and v == self._top and before != v: warn(self._at_top)
         if hasattr(self, '_eps'): del self._eps
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
         else: self._eps = v
 
-    def extra_repr(self): return f'eps={self.eps}, reduction={self.reduction!r}'
+    def _options_as_text(self, **defaults):
+        "eps, reduction and the options that are not their default"
+        params = merge(*(inspect.signature(c.__init__).parameters for c in reversed(type(self).__mro__)))
+        defaults = {n:p.default for n,p in params.items() if p.default is not p.empty} | defaults
+        changed = [n for n,d in defaults.items() if isinstance(v := getattr(self, n, d), Tensor) or v != d]
+        return ', '.join(f'{n}={_as_text(getattr(self, n))}' for n in dict.fromkeys(['eps', 'reduction', *changed]))
+
+    def extra_repr(self): return self._options_as_text()
 
 # %% ../nbs/01_losses.ipynb #b024ca43
+def _is_soft_on_gpu(target): return target.device.type not in ('cpu','meta') and target.is_floating_point()
+
 class LabelSmoothingCrossEntropy(_Smooth):
     """Cross entropy with label smoothing: a module over `smooth_cross_entropy`.
 
@@ -52,6 +69,8 @@ class LabelSmoothingCrossEntropy(_Smooth):
     class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
     where that is not installed."""
     y_int = True # y interpolation
+    _looked = False # at soft targets on a GPU
+    _at_top = 'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
         *,
@@ -85,8 +104,17 @@ class LabelSmoothingCrossEntropy(_Smooth):
         target:Tensor, # Class indices, or labels shaped like `input`
         eps:float=None # Another smoothing than the module's, for this call
     ):
-        return K.cross_entropy(input, target, self.smoothing(eps), self.weight, self.ignore_index, self.reduction, self.axis,
+        loss = K.cross_entropy(input, target, self.smoothing(eps), self.weight, self.ignore_index, self.reduction, self.axis,
                                self.backend, checked=not isinstance(eps, Tensor))
+        self._look(input, target)
+        return loss
+
+    def _look(self, input, target):
+        "Do soft targets on a GPU sum to 1? Looking makes a GPU wait: it is done for the first ones, in the first batch of a fit. On a CPU it is always done."
+        if self._looked or self.multi_hot or not _is_soft_on_gpu(target) or K.tracing(input, target): return
+        if target.is_cuda and torch.cuda.is_current_stream_capturing(): return
+        check_soft_rows(target, class_axis(input, self.axis))
+        self._looked = True
 
     def activation(self,
         x:Tensor # Logits, of any shape, with their classes along `axis`
@@ -110,8 +138,9 @@ class LabelSmoothingBCEWithLogits(_Smooth):
 
     Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
     `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
-    no tensor of real numbers, ImportError for `backend='triton'` where that is not installed."""
-    _top = .5
+    no tensor of real numbers, IndexError for an `axis` that the logits lack, ImportError for `backend='triton'` where that is not
+    installed."""
+    _top,_at_top = .5,'eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05'
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
         *,
@@ -120,6 +149,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         thresh:float=.5, # Probability above which `decodes` says yes
+        axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
@@ -127,7 +157,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         if prior is not None: check_prior(self.prior, sigmoid=True, values=values)
         check_factors(values, weight=self.weight, pos_weight=self.pos_weight)
         check_number('thresh', thresh)
-        self.eps,self.thresh = eps,thresh
+        self.eps,self.thresh,self.axis = eps,thresh,axis
 
     def _check(self, eps): pass # its range says it all
 
@@ -137,7 +167,7 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         eps:float=None # Another smoothing than the module's, for this call
     ):
         return K.binary_cross_entropy(input, target, self.eps if eps is None else eps, self.prior, self.weight, self.pos_weight,
-                                      self.reduction, self.backend, checked=True)
+                                      self.reduction, self.axis, self.backend)
 
     def activation(self,
         x:Tensor # Logits, any shape
@@ -160,10 +190,17 @@ def _of_module(name, doc):
 
 class _SmoothFlat(BaseLoss):
     "What both fastai losses share. Neither transposes nor copies: the kernels take any layout."
+    _defaults = {}   # where they are not those of the module
+
     def __init__(self, loss_cls, axis, flatten, **kwargs):
         super().__init__(loss_cls, axis=axis, flatten=flatten, **kwargs)
         # BaseLoss copied the module's attributes here, where setting them would do nothing
         for k in vars(self.func): self.__dict__.pop(k, None)
+
+    def __repr__(self):
+        "As fastai's, with the options that are not their default"
+        func = f'{type(self.func).__name__}({self.func._options_as_text(**self._defaults)})'
+        return f'FlattenedLoss of {func}' + ('' if self.flatten else ', flatten=False')
 
     eps = _of_module('eps', "How much is smoothed; can be set, also between batches.")
     backend = _of_module('backend', "Who computes; can be set.")
@@ -201,6 +238,7 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
     class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
     where that is not installed. Source: Szegedy et al. 2016, arXiv:1512.00567."""
     y_int = True # y interpolation
+    _defaults = dict(axis=-1)
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
         *,
@@ -237,7 +275,8 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
 
     Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
     `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
-    no tensor of real numbers, ImportError for `backend='triton'` where that is not installed."""
+    no tensor of real numbers, IndexError for an `axis` that the logits lack, ImportError for `backend='triton'` where that is not
+    installed."""
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
         *,
@@ -246,21 +285,26 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         thresh:float=.5, # Probability above which `decodes` says yes
+        axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
         backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
-        super().__init__(LabelSmoothingBCEWithLogits, -1, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
+        super().__init__(partial(LabelSmoothingBCEWithLogits, axis=axis), axis, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
                          reduction=reduction, thresh=thresh, backend=backend)
 
     thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
+    axis = _of_module('axis', "Label axis, of the prior; can be set.")
     def _target_shape(self, inp): return inp.shape
 
 # %% ../nbs/01_losses.ipynb #labelax1
-def _label_axis_of(loss, ndim):
-    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given: not the -1 of fastai's losses, their default."
+def _given_axis(loss):
+    "The label axis that a sigmoid loss was given, or None; the -1 that fastai's losses have by default is none."
     axis = getattr(loss, 'axis', None)
-    if axis == -1 and not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)): axis = None
-    return label_axis(ndim, axis)
+    return None if axis == -1 and not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)) else axis
+
+def _label_axis_of(loss, ndim):
+    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given."
+    return label_axis(ndim, _given_axis(loss))
 
 # %% ../nbs/01_losses.ipynb #tmpr0002
 class TemperedActivation:

@@ -9,7 +9,7 @@ __all__ = ['row_nll', 'spread', 'check_logits', 'best_temperature', 'cross_fitte
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
 from scipy.optimize import brentq
-from .callback import _unmixed
+from .callback import _set_loss, _unmixed
 from .kernels.checks import check_dense, check_whole, warn
 from .losses import tempered, untempered
 from .pilot import raw_preds
@@ -150,13 +150,13 @@ def fit_temperature(self:Learner,
         of = f' of label {", ".join(str(i) for i,t in enumerate(found) if t is None)}' if per_label else ''
         warn(f'no temperature is best for the {len(preds.logits)} predictions{of}: T=1 is used. Are all of them right, no better than chance, or nan?')
     found = [1. if t is None else t for t in found]
-    self.loss_func = tempered(_unmixed(self.loss_func), found if per_label else found[0])
+    _set_loss(self, tempered(_unmixed(self.loss_func), found if per_label else found[0]))
     self.remove_cb(TemperatureReminder)
     return self if self.temperature == 1. else self.add_cb(TemperatureReminder())
 
 @patch
 def reset_temperature(self:Learner) -> Learner: # self
     "Back to T=1: the loss that `fit_temperature` found is back, the very object, as it was then."
-    self.loss_func = untempered(_unmixed(self.loss_func))
+    _set_loss(self, untempered(_unmixed(self.loss_func)))
     self.remove_cb(TemperatureReminder)
     return self

@@ -133,7 +133,8 @@ if fused.INTERPRETED: InBounds()
 
 # test -> why it says nothing about the Triton implementation
 HOST_MEMORY = 'measures what the host allocates: the benchmark measures a GPU'
-LEFT_OUT = dict(test_backend_torch='of the torch implementation', test_changed_in_place_few_logits='the torch implementation keeps other things',
+LEFT_OUT = dict(test_backend_torch='of the torch implementation', test_half_precision_gradient_kept_in_float32='of the torch implementation',
+                test_changed_in_place_few_logits='the torch implementation keeps other things',
                 test_what_is_set_on_a_flat_loss_takes_effect='two turns of the kernel differ in the last digit',
                 test_fake_and_meta='no kernel can run', test_no_grad_memory=HOST_MEMORY, test_forward_memory=HOST_MEMORY,
                 test_sigmoid_no_grad_memory=HOST_MEMORY, test_layout_no_transpose_copy=HOST_MEMORY)

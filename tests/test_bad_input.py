@@ -28,6 +28,7 @@ from fastai_smooth import kernels
 from fastai_smooth.all import *
 from fastai_smooth.calibration import binomial_interval, reliability
 from fastai_smooth.images import ImageSet, digits
+from fastai_smooth.kernels.targets import along, label_axis
 from fastai_smooth.pilot import pilot, raw_preds
 from fastai_smooth.temperature import cross_fitted
 from fastai_smooth.tune import noise_estimate
@@ -46,6 +47,7 @@ class Call(dict):
     either = frozenset()   # arguments that may also be refused, since SPEC.md says nothing of what was done to them
     abstract = None        # 'meta' or 'fake': tensors without values, of which nothing but shape and dtype can be compared
     loose = False          # has labels or logits that no finite value comes out of: nan will do for inf
+    any_value = False      # has options that only a module refuses: something comes out
     colossal = False       # is so near the end of the range that a sum may be inf
     how = None             # it is called
     masked = one_hot_prior = negative_labels = False   # what does not go together: smoothing mass for masked classes alone, or less than none
@@ -169,7 +171,9 @@ def laid_out(name, unsigned=()):
         if name in ('input', 'target', 'logits', 'targs'): ways += [expanded, overlapping] + [repeated]*(t.dim() > 1)
         if t.is_floating_point(): ways.append(negated_view)
         if t.dim() == 4: ways.append(channels_last)
-        a[name] = pick(ways)(t)
+        way = pick(ways)
+        if name == 'target' and a.kind == 'soft' and way in (expanded, overlapping, repeated): a.either |= {name}   # rows may no longer sum to 1
+        a[name] = way(t)
     return change
 
 def of_subclass(*names):
@@ -317,7 +321,7 @@ def odd_eps(pick, a):
     top = a.top
     a['eps'] = pick([0, 0., -0., top, np.float64(top/3), np.float32(.125), Fraction(1, 8), 5e-324, 1e-30, math.nextafter(top, 0),
                                      torch.tensor(.125), torch.tensor(top, dtype=torch.float64), torch.tensor(0), TensorBase(.25),
-                                     torch.tensor(.25, requires_grad=True)])
+                                     torch.tensor(.25, requires_grad=True).detach()])
 
 
 # ---------------------------------------------------------------- losses
@@ -346,7 +350,7 @@ def check_loss(a, result, expected, expected_grad, scale, slack=0.):
     x = a['input']
     assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
     if a.flat and expected.dim(): expected = expected.flatten()
-    if a.abstract:
+    if a.abstract or a.any_value:
         assert loss.shape == expected.shape and loss.is_meta == (a.abstract == 'meta')
         return
     assert type(loss) is Tensor, f'is a {type(loss)}'
@@ -399,6 +403,7 @@ def random_prior(g, k, square=False):
     return (v/v.sum(-1, keepdim=True)).float()
 
 def check_softmax(a, result):
+    if a.any_value: a['prior'] = a['weight'] = None
     x, target, axis = plain(a['input']), plain(a['target']), a['axis'] if a['input'].dim() > 1 else 0
     options = dict(prior=doubled(a['prior']), spread=a['spread'], multi_hot=a['multi_hot'], weight=doubled(a['weight']), ignore_index=a['ignore_index'],
                    reduction=a['reduction'], axis=axis)
@@ -424,11 +429,12 @@ def odd_target(pick, a):
     a.negative_labels = kind in ('negative', 'inf', 'nan')
     if kind == 'one-hot': t = (t == t.amax(a.axis, keepdim=True)).to(t.dtype)
     if kind == 'unnormalised': t = t*3
-    if kind == 'negative': t = t - .5
+    if kind == 'negative': t = t*3 - 2/a.k
     if kind == 'nan': t[where] = NAN
     if kind == 'inf': t[where] = INF
     if kind == 'huge': t, a.colossal = t*1e15, True
     if kind == 'zero': t = t*0
+    if kind not in ('one-hot', 'negative'): a.either |= {'target'}   # where values are looked at
     a.loose = a.loose or kind in ('nan', 'inf')
     a['target'] = t
 
@@ -445,7 +451,7 @@ def odd_weight(pick, a):
     if kind == 'some zero': v[pick(range(a.k))] = 0
     a['weight'] = {'int': v.long(), 'half': v.half(), 'double': rand(g, a.k), 'zeros': v*0, 'huge': v*1e28, 'small': v*1e-28, 'tiny': v*1e-42, 'colossal': v/a.k*3e38,
                    'double huge': v.double()*1e300}.get(kind, v)
-    if kind in ('colossal', 'double huge', 'tiny'): a.either, a.colossal = a.either | {'weight'}, True   # their sums leave the range of float32
+    if kind in ('colossal', 'double huge', 'tiny'): a.either, a.any_value = a.either | {'weight'}, True   # their sums leave the range of float32
 
 def odd_prior(pick, a):
     need(a.kind != 'multi_hot' and a['spread'] == 'all')
@@ -525,7 +531,7 @@ def bad_together(pick, a):
     return 'ignore_index', 'target'
 
 def bad_axis(pick, a):
-    need(a.tensor('input').dim() > 1)   # of one row it is the only one
+    need(a.tensor('input').dim())
     a['axis'] = pick([9, -9, 2**70, 1.5, NAN, '1', None, [1]])
     return 'axis',
 
@@ -558,7 +564,18 @@ BAD_SOFTMAX = BAD_LOSS | vector_faults('prior', sums=True) | vector_faults('weig
     'together': bad_together, 'axis': bad_axis, 'ignore_index': bad_ignored_class}
 SOFTMAX_VALUES = dict(reduction=BAD_REDUCTION, spread=BAD_SPREAD)
 
-@subject('smooth_cross_entropy', softmax_call, check_softmax, ODD_SOFTMAX, BAD_SOFTMAX, SOFTMAX_VALUES, 60)
+def for_functions(odd, bad, *names):
+    "A function takes whatever values prior and weights have, as PyTorch does; a module refuses them when it is built"
+    def taken(name):
+        def f(pick, a):
+            bad[f'{name} values'](pick, a)
+            if a.top == .5 and name != 'prior': a[name] = a[name].view([-1 if d == a.at else 1 for d in range(a.tensor('input').dim())])
+            a.any_value = True
+        return f
+    values = {f'{name} values': taken(name) for name in names}
+    return odd | values, {k: v for k, v in bad.items() if k not in values}
+
+@subject('smooth_cross_entropy', softmax_call, check_softmax, *for_functions(ODD_SOFTMAX, BAD_SOFTMAX, 'prior', 'weight'), SOFTMAX_VALUES, 60)
 def smooth_cross_entropy_of(a): return loss_and_gradient(a, lambda x, y, args: kernels.smooth_cross_entropy(x, y, **args))
 
 def built(cls, a, late):
@@ -591,21 +608,26 @@ def flat_of(a): return loss_and_gradient(a, built(LabelSmoothingCrossEntropyFlat
 def sigmoid_call(draw):
     a, g = draw_call(draw, .5), generator(draw)
     shape = draw(sizes) + draw(st.sampled_from([[1], [3], [4], []]))
-    a.k, a.kind, dtype = (shape or [1])[-1], draw(st.sampled_from(['hard', 'soft'])), draw(st.sampled_from([torch.float32]*3 + [*FLOATS]))
+    axis = draw(st.sampled_from([None, None, -1])) if shape else None
+    a.at = label_axis(len(shape), axis) if len(shape) != 1 else 0   # (K,) is a row
+    a.k, a.kind, dtype = 1 if a.at is None else shape[a.at], draw(st.sampled_from(['hard', 'soft'])), draw(st.sampled_from([torch.float32]*3 + [*FLOATS]))
     need_k = bool(shape) and a.k > 0
     a['input'] = ((rand(g, *shape)-.5)*draw(st.sampled_from([1., 6., 40.]))).to(dtype)
     y = rand(g, *shape)
     a['target'] = y.to(draw(st.sampled_from(FLOATS))) if a.kind == 'soft' else (y < .4).to(draw(st.sampled_from([torch.bool, dtype, *INTEGERS[:5]])))
     shapes = [shape, shape[-1:], [1]*len(shape), shape[:-1] + [1] if shape else [], []]
     def factor(): return rand(g, *draw(st.sampled_from(shapes))).add(.1).float() if draw(one_in(3)) else None
-    a |= dict(prior=rand(g, a.k).float() if need_k and draw(one_in(3)) else None, weight=factor(), pos_weight=factor())
+    a |= dict(prior=rand(g, a.k).float() if need_k and draw(one_in(3)) else None, weight=factor(), pos_weight=factor(), axis=axis)
     a.k = max(1, a.k)
     return a
 
 def check_sigmoid(a, result):
+    if a.any_value: a['prior'] = a['weight'] = a['pos_weight'] = None
     x, target = plain(a['input']), plain(a['target']).double()
     w, c = (torch.ones(()) if a[o] is None else doubled_tensor(a[o]) for o in ('weight', 'pos_weight'))
-    expected = sigmoid_reference(x.double(), target, doubled(a['eps']), prior=doubled(a['prior']), weight=w, pos_weight=c, reduction=a['reduction'])
+    prior = doubled(a['prior'])
+    if prior is not None and a.at is not None: prior = along(prior, a.at, x.dim())
+    expected = sigmoid_reference(x.double(), target, doubled(a['eps']), prior=prior, weight=w, pos_weight=c, reduction=a['reduction'])
     size = 1. if not x.numel() else max(1., (w.max()*c.clamp(min=1).max()*(1 + target.nan_to_num(0, 0, 0).abs().max())).item())
     check_loss(a, result, *expected, size*(max(1, x.numel()) if a['reduction'] == 'sum' else 1))
 
@@ -651,7 +673,7 @@ BAD_SIGMOID = BAD_LOSS | vector_faults('prior', high=1) | factor_faults('weight'
     'factor shape': bad_factor_shape, 'class indices': indices_for_labels, 'target dtype': complex_numbers('target')}
 SIGMOID_VALUES = dict(reduction=BAD_REDUCTION)
 
-@subject('smooth_binary_cross_entropy_with_logits', sigmoid_call, check_sigmoid, ODD_SIGMOID, BAD_SIGMOID, SIGMOID_VALUES, 50)
+@subject('smooth_binary_cross_entropy_with_logits', sigmoid_call, check_sigmoid, *for_functions(ODD_SIGMOID, BAD_SIGMOID, 'prior', 'weight', 'pos_weight'), SIGMOID_VALUES, 50)
 def bce_of(a): return loss_and_gradient(a, lambda x, y, args: kernels.smooth_binary_cross_entropy_with_logits(x, y, **args))
 
 @subject('LabelSmoothingBCEWithLogits', sigmoid_call, check_sigmoid, ODD_SIGMOID, BAD_SIGMOID, SIGMOID_VALUES, 25)
@@ -693,6 +715,7 @@ def targets_call(draw):
     a |= dict(sigmoid=sigmoid, num_classes=a.k if a.kind == 'index' else draw(st.sampled_from([None, a.k])))
     if not isinstance(a['eps'], Tensor) and draw(one_in(5)): a['eps'] = None
     for k in ('input', 'weight', 'ignore_index', 'reduction', 'axis', 'backend'): a.pop(k, None)
+    if sigmoid: a['axis'] = -1
     return a
 
 def check_targets(a, q):
@@ -1171,8 +1194,8 @@ def bad_train_labels(pick, a):
         need(a.task == 'labels')
         a.labels = [*a.labels, torch.zeros(a.k+1)]
     if kind == 'other task':
-        need(a.task == 'classes')
-        a['multi'] = True
+        need(a.task == 'classes')   # of which 0 and 1 could be the two values of one label
+        a['multi'], a.labels = True, [*a.labels, torch.tensor(2)]
     return 'label', 'target'
 
 def other_dls(pick, a):

@@ -539,7 +539,7 @@ def test_one_logit_and_flat_targets():
 def test_frequencies_are_counted_once_a_loader(monkeypatch):
     import fastai_smooth.callback as module
     counted = []
-    monkeypatch.setattr(module, 'train_prior', lambda dls, multi: counted.append(dls) or torch.full((5,), .25))
+    monkeypatch.setattr(module, 'train_prior', lambda dls, multi, axis: counted.append(dls) or torch.full((5,), .25))
     learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, 'train'), Validates()])
     learn.fit(2)
     learn.fit(1)

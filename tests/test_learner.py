@@ -145,7 +145,7 @@ def my_loss(pred, y): return F.cross_entropy(pred, y)
 
 UNSUPPORTED = [(MyCrossEntropy(), 'MyCrossEntropy'), (MyTorchCrossEntropy(), 'MyTorchCrossEntropy'),
                (MyBCE(), 'MyBCE'), (MyTorchBCE(), 'MyTorchBCE'), (MySmooth(), 'MySmooth'), (my_loss, 'my_loss'),
-               (MSELossFlat(), 'MSELoss|BaseLoss'), (FocalLossFlat(), 'FocalLossFlat'), (nn.NLLLoss(), 'NLLLoss'),
+               (FocalLossFlat(), 'FocalLossFlat'), (nn.NLLLoss(), 'NLLLoss'),
                (BCELossFlat(), 'BCELoss|BaseLoss'), (partial(F.cross_entropy, weight=torch.ones(4)), 'partial')]
 
 
@@ -160,6 +160,63 @@ def test_any_other_loss_is_a_type_error_that_names_it(loss, name, how):
     else:
         with pytest.raises(TypeError, match=name) as e: single(loss, label_smoothing=.1)
     assert 'CrossEntropyLossFlat' in str(e.value) and 'BCEWithLogitsLossFlat' in str(e.value)
+
+
+def huber(pred, y, scale=1.): return F.huber_loss(pred, y)
+
+
+@pytest.mark.parametrize('loss,name', [(MSELossFlat(), 'MSELoss'), (L1LossFlat(), 'L1Loss'), (nn.HuberLoss(), 'HuberLoss'), (F.smooth_l1_loss, 'smooth_l1_loss'),
+                                       (partial(F.mse_loss, reduction='sum'), 'mse_loss'), (nn.PoissonNLLLoss(), 'PoissonNLLLoss')],
+                         ids=['flat', 'L1', 'torch', 'function', 'partial', 'poisson'])
+@pytest.mark.parametrize('how', ['to_smooth', 'keyword'])
+def test_a_regression_has_no_labels_to_smooth(loss, name, how):
+    "No other loss would help"
+    learn = single(loss)
+    with pytest.raises(TypeError, match=f'{name} is for regression.*no labels') as e:
+        if how == 'to_smooth': learn.to_smooth()
+        else: single(loss, label_smoothing=.1)
+    assert 'loss_func=' not in str(e.value) and 'supported' not in str(e.value)
+    assert learn.loss_func is loss
+
+
+# ---------------------------------------------------------------- eps
+
+def test_eps_find_s_suggestion_is_taken():
+    learn = single()
+    suggestion = learn.eps_find(2)
+    assert learn.to_smooth(suggestion).loss_func.eps == suggestion.eps
+    assert single(label_smoothing=suggestion).loss_func.eps == suggestion.eps
+
+
+def test_a_word_for_eps_is_told_of_eps_find():
+    learn = single()
+    loss = learn.loss_func
+    with pytest.raises(TypeError, match=r"got 'auto'.*learn\.to_smooth\(learn\.eps_find"): learn.to_smooth('auto')
+    assert learn.loss_func is loss
+    with pytest.raises(TypeError, match="label_smoothing='auto'.*eps_find"): single(label_smoothing='auto')
+
+
+def test_an_eps_that_leaves_nothing_to_learn_is_warned_of_once():
+    with pytest.warns(UserWarning, match='eps=1 .*nothing to learn') as said: learn = single().to_smooth(1.)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)
+        single().to_smooth(.99)
+
+
+def test_data_of_one_class_are_warned_of():
+    dls = single_dls(k=4)
+    dls.c = 1
+    learn = tensor_learner(dls, mlp(k=1), CrossEntropyLossFlat())
+    with pytest.warns(UserWarning, match='one class') as said: learn.to_smooth(.1)
+    assert len(said) == 1
+    dls.c = 2
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.to_smooth(.1)
+        dls.c = 1   # one label, which is there or not
+        tensor_learner(dls, mlp(k=1), BCEWithLogitsLossFlat()).to_smooth(.1)
 
 
 # ---------------------------------------------------------------- the old loss
@@ -208,6 +265,15 @@ def test_a_loss_shows_whether_it_smooths_validation():
     learn = single()
     assert repr(learn.to_smooth(.2).loss_func) == "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.2, reduction='mean'), smooth_valid=False"
     assert repr(learn.to_smooth(smooth_valid=True).loss_func).endswith(', smooth_valid=True')
+
+
+def test_a_loss_shows_the_options_that_are_not_default():
+    old = CrossEntropyLossFlat(axis=1, ignore_index=255, weight=tensor([1., 2., 1., .5]), flatten=False)
+    learn = single(old).to_smooth(.2, prior=tensor([.1, .2, .3, .4]))
+    assert repr(learn.loss_func) == ("FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.2, reduction='mean', prior=[0.1, 0.2, 0.3, 0.4], "
+                                     "weight=[1.0, 2.0, 1.0, 0.5], ignore_index=255, axis=1), flatten=False, smooth_valid=False")
+    assert "eps=[0.1, 0.2, 0.3, 0.4]" in repr(single().to_smooth(tensor([.1, .2, .3, .4])).loss_func)
+    assert "spread='others'" in repr(single().to_smooth(spread='others').loss_func)
 
 
 def test_calling_again_replaces_and_to_hard_goes_all_the_way_back():
@@ -390,6 +456,51 @@ def test_a_subclass_of_learner():
     close(train_loss(learn, X, Y), ce(X, Y, label_smoothing=.3))
 
 
+class SetsItsLoss(Learner):
+    def __init__(self, *args, own=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_func = ifnone(own, CrossEntropyLossFlat(weight=tensor([1., 2., 3., 4.])))
+
+
+class SetsItAgain(SetsItsLoss):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_func = nn.CrossEntropyLoss(ignore_index=2)
+
+
+class SetsNothing(SetsItAgain): pass
+
+
+@pytest.mark.parametrize('cls', [SetsItsLoss, SetsItAgain, SetsNothing])
+def test_a_subclass_that_sets_its_loss_is_smoothed_too(cls):
+    "After Learner.__init__; the flag is never accepted and ignored"
+    learn = quiet(cls(single_dls(), mlp(k=4), CrossEntropyLossFlat(), SGD, label_smoothing=.3))
+    own = learn.loss_func.hard
+    kwargs = dict(weight=own.func.weight) if cls is SetsItsLoss else dict(ignore_index=2)
+    close(train_loss(learn, X, Y), ce(X, Y, label_smoothing=.3, **kwargs))
+    for pred, y, loss in batches_of(learn)[0]: close(loss, ce(pred, y, label_smoothing=.3, **kwargs))
+    assert learn.to_hard().loss_func is own
+    assert type(cls(single_dls(), mlp(k=4), CrossEntropyLossFlat()).loss_func) in (CrossEntropyLossFlat, nn.CrossEntropyLoss)
+    assert 'own' in inspect.signature(SetsItsLoss).parameters
+
+
+def test_a_subclass_whose_own_loss_cannot_be_smoothed():
+    with pytest.raises(TypeError, match='label_smoothing=0.3.*FocalLossFlat'):
+        SetsItsLoss(single_dls(), mlp(k=4), CrossEntropyLossFlat(), own=FocalLossFlat(), label_smoothing=.3)
+    learn = SetsItsLoss(single_dls(), mlp(k=4), FocalLossFlat(), own=BCEWithLogitsLossFlat(), label_smoothing=.2)
+    assert [cb.eps for cb in callbacks_of(learn)] == [.2]
+
+
+def test_a_subclass_that_was_there_before_and_one_whose_init_is_patched():
+    "fastai's own subclasses were made before this package was imported"
+    from fastai.text.learner import TextLearner
+    assert fastai_smooth.learner._is_last(TextLearner.__init__)
+    class Patched(Learner): pass
+    def init(self, *args, **kwargs): Learner.__init__(self, *args, **kwargs)
+    Patched.__init__ = init
+    assert Patched(single_dls(), mlp(k=4), CrossEntropyLossFlat(), label_smoothing=.3).loss_func.eps == .3
+
+
 def test_an_unknown_keyword_is_still_an_error():
     with pytest.raises(TypeError): single(label_smooth=.1)
 
@@ -471,6 +582,26 @@ def test_language_model_learner():
     for pred, y, loss in valid: close(loss, ce(pred.flatten(0, 1), y.flatten()))
     losses = learn.get_preds(with_loss=True, reorder=False)[-1]
     assert torch.isfinite(losses).all()
+
+
+# ---------------------------------------------------------------- multi-hot floats under a loss of one class
+
+@pytest.mark.parametrize('make', [
+    lambda: LabelSmoothingCrossEntropyFlat(.1), lambda: CrossEntropyLossFlat(), lambda: nn.CrossEntropyLoss()], ids=['ours', 'flat', 'torch'])
+def test_multi_hot_floats_under_a_loss_of_one_class(make):
+    "What fastai's MultiCategoryBlock gives: the first batch says what to use, and nothing is trained"
+    learn = multi(make())
+    if not isinstance(learn.loss_func, LabelSmoothingCrossEntropyFlat): learn.to_smooth()
+    before = weights(learn).clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='sum to 1.*multi_hot=True.*LabelSmoothingBCEWithLogitsFlat'): learn.fit(1)
+    assert torch.equal(weights(learn), before)
+
+
+def test_soft_targets_that_sum_to_one_train():
+    y = logits(64, 4).softmax(1)
+    learn = tensor_learner(tensor_dls(logits(64, 6, seed=1), y, bs=16), mlp(k=4), CrossEntropyLossFlat()).to_smooth(.2)
+    for pred, y, loss in batches_of(learn)[0]: close(loss, ce(pred, y, label_smoothing=.2))
 
 
 # ---------------------------------------------------------------- prior='train'
@@ -566,6 +697,39 @@ def test_prior_of_a_language_model_counts_tokens():
     assert (counted-1/n).abs().max() > .1 and abs(counted.sum()-1) < 1e-4
 
 
+@pytest.mark.parametrize('channels,logit_shape', [(2, (2, 4, 3)), (None, (4, 3)), (None, (1, 4, 3))])
+def test_prior_of_masks_for_a_sigmoid_loss(channels, logit_shape):
+    "One frequency a channel of (N,C,H,W), and one of (N,H,W) masks, whose logits may be (N,1,H,W)"
+    shape = (4, 3) if channels is None else (channels, 4, 3)
+    y = (torch.rand(16, *shape, generator=torch.Generator().manual_seed(0)) < tensor([.2, .6, .9])).float()
+    prior = y.mean() if channels is None else y.mean((0, 2, 3)).reshape(2, 1, 1)
+    dsets = Datasets(range(16), [[lambda i: torch.full(logit_shape, float(i))], [y.__getitem__]], splits=[range(16), range(4)])
+    learn = tensor_learner(dsets.dataloaders(bs=4, num_workers=0, device=CPU), Scaled(), BCEWithLogitsLossFlat()).to_smooth(.2, prior='train')
+    q = Spy(lambda l: (l.yb[0].clone(), l.pred.shape), 'before_backward', order=99)
+    hard = Spy(lambda l: l.yb[0].clone(), 'before_batch')
+    learn.fit(1, cbs=[q, hard])
+    for (smoothed, pred), y in zip(q.train(), hard.train()):
+        close(smoothed, .6*y + .4*prior)
+        assert pred[1:] == logit_shape
+
+
+@pytest.mark.parametrize('how', ['to_smooth', 'callback'])
+def test_prior_of_labels_along_an_axis_that_the_loss_was_given(how):
+    y = (torch.rand(16, 4, 3, generator=torch.Generator().manual_seed(0)) < tensor([.2, .6, .9])).float()
+    dsets = Datasets(range(16), [[lambda i: torch.full((4, 3), float(i))], [y.__getitem__]], splits=[range(16), range(4)])
+    learn = tensor_learner(dsets.dataloaders(bs=4, num_workers=0, device=CPU), Scaled(), BCEWithLogitsLossFlat(axis=2))
+    if how == 'to_smooth': learn.to_smooth(.2, prior='train')
+    else: learn.add_cb(MultiLabelSmoothingCallback(.2, 'train'))
+    q, hard = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99), Spy(lambda l: l.yb[0].clone(), 'before_batch')
+    learn.fit(1, cbs=[q, hard])
+    for smoothed, o in zip(q.train(), hard.train()): close(smoothed, .6*o + .4*y.mean((0, 1)))
+
+
+class Scaled(nn.Module):
+    def __init__(self): super().__init__(); self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, x): return x*self.scale
+
+
 def test_no_labels_to_count():
     learn = single()
     with pytest.raises(TypeError, match='(?i)tensor'): learn.to_smooth(prior='train')
@@ -651,11 +815,92 @@ def test_to_smooth_again_when_mixup_was_left_holding_the_loss():
     assert learn.to_hard().loss_func is loss
 
 
+def at_batch(f, nth=1):
+    "A callback that calls f(learn) once, after training batch `nth`"
+    class Once(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter == nth+1: f(self.learn)
+    return Once()
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_to_smooth_while_mixup_trains(mix):
+    "From the next batch on, mixed as before; and the loss is still there afterwards"
+    y = torch.randint(4, (32,), generator=torch.Generator().manual_seed(0))
+    original = CrossEntropyLossFlat()
+    learn = tensor_learner(tensor_dls(logits(32, 1, 8, 8), y, bs=8), flat_mlp(4), original).add_cb(mix())
+    handler = learn.cbs[-1]
+    mixed = Spy(lambda l: (handler.lam.clone(), handler.yb1[0].clone()), 'after_batch', order=99)
+    learn.add_cbs([mixed, at_batch(lambda l: l.to_smooth(.3))])
+    train, valid = batches_of(learn)
+    for i, ((pred, y, loss), (lam, y1)) in enumerate(zip(train, mixed.train())):
+        f = partial(ce, label_smoothing=.3*(i > 1), reduction='none')
+        close(loss, torch.lerp(f(pred, y1), f(pred, y), lam.to(pred.dtype)).mean())
+    for pred, y, loss in valid: close(loss, ce(pred, y))
+    assert learn.loss_func.eps == .3 and learn.to_hard().loss_func is original
+
+
+def test_to_hard_while_mixup_trains():
+    original = CrossEntropyLossFlat()
+    learn = single(original).to_smooth(.3)
+    learn.fit(1, cbs=[MixUp(), at_batch(lambda l: l.to_hard())])
+    assert learn.loss_func is original
+
+
+@pytest.mark.parametrize('smooth', [False, True])
+def test_temperature_while_mixup_trains(smooth):
+    "Logits five times too large; lr=0 leaves them so"
+    x, w = logits(400, 4), logits(4, 4, seed=1)
+    y = torch.multinomial((x@w).softmax(1), 1, generator=torch.Generator().manual_seed(2))[:, 0]
+    learn = tensor_learner(tensor_dls(x, y, bs=50, n_valid=300), nn.Linear(4, 4, bias=False), CrossEntropyLossFlat())
+    with torch.no_grad(): learn.model.weight.copy_(5*w.T)
+    if smooth: learn.to_smooth(.3)
+    installed = learn.loss_func
+    learn.fit(1, 0., cbs=[MixUp(), at_batch(lambda l: l.fit_temperature(), 0)])
+    assert 3 < learn.temperature < 8
+    close(learn.get_preds()[0], (learn.model(x[-300:])/learn.temperature).softmax(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # that it keeps a temperature
+        learn.fit(1, 0., cbs=[MixUp(), at_batch(lambda l: l.reset_temperature(), 0)])
+    assert learn.temperature == 1. and learn.loss_func is installed
+
+
+def test_to_smooth_of_another_learner_while_mixup_trains():
+    "One whose own training an exception has ended"
+    other = single().add_cb(MixUp())
+    with pytest.raises(RuntimeError): other.fit(1, cbs=power_cut())
+    single().fit(1, cbs=[MixUp(), at_batch(lambda l: other.to_smooth(.3))])
+    assert other.loss_func.eps == .3
+
+
 def test_mixup_on_a_multi_label_learner_keeps_its_loss():
     learn = multi().to_smooth(.2).add_cb(MixUp())
     train, valid = batches_of(learn)
     for pred, y, loss in train: close(loss, bce(pred, y*.6+.2))
     for pred, y, loss in valid: close(loss, bce(pred, y))
+
+
+class Squeezed(nn.Module):
+    "What fastai's flatten does, for a loss that doesn't"
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x): return self.net(x)[:, 0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.long, torch.bool])
+@pytest.mark.parametrize('prior', [None, tensor([.3])])
+def test_a_classifier_with_one_logit(dtype, prior):
+    "(N,1) logits, (N,) targets, which fastai's BCE takes: the same training as of (N,) logits by PyTorch's loss"
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 6, generator=g), (torch.rand(64, generator=g) < .4)
+    learn = tensor_learner(tensor_dls(x, y.to(dtype)), mlp(k=1), BCEWithLogitsLossFlat()).to_smooth(.2, prior=prior)
+    shapes = Spy(lambda l: (l.pred.shape, l.yb[0].shape), 'before_backward', order=99)
+    fit_seeded(learn, 2, cbs=shapes)
+    assert set(shapes.train()) == {((16, 1), (16,))}
+    q = y.float()*.6 + .4*ifnone(prior, tensor(.5))
+    expected = fit_seeded(tensor_learner(tensor_dls(x, q), Squeezed(mlp(k=1)), nn.BCEWithLogitsLoss()), 2)
+    close(weights(learn), weights(expected), atol=1e-5)
+    hard = fit_seeded(tensor_learner(tensor_dls(x, y.float()), Squeezed(mlp(k=1)), nn.BCEWithLogitsLoss()), 2)
+    assert (weights(learn)-weights(hard)).abs().max() > 1e-4
 
 
 def test_weighted_loss_is_moved_and_trained():

@@ -7,6 +7,7 @@ from fastai.layers import NoneReduce
 from torch import nn, tensor
 from torch._subclasses import FakeTensorMode
 
+from fastai_smooth import losses
 from fastai_smooth.kernels import checks, smooth_binary_cross_entropy_with_logits
 from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                                LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat)
@@ -147,6 +148,27 @@ def test_eps_of_each_class(cls):
 def test_prior_of_the_sigmoid_loss(cls):
     x, y, prior = rand(6, 3), randint(2, 6, 3), tensor([.9, .3, .2], dtype=torch.float64)
     close(cls(eps=.1, prior=prior)(x, y.double()), F.binary_cross_entropy_with_logits(x, .8*y + .2*prior))
+
+
+@pytest.mark.parametrize('cls', [LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat])
+def test_label_axis_of_the_sigmoid_loss(cls):
+    "a prior lies along the channels of images, or along `axis`, which can be read and set; masks have one label"
+    x, y, prior = rand(6, 3, 4, 5), randint(2, 6, 3, 4, 5).double(), tensor([.9, .3, .2], dtype=torch.float64)
+    expected = F.binary_cross_entropy_with_logits(x, .8*y + .2*prior[:, None, None])
+    loss = cls(eps=.1, prior=prior)
+    assert loss.axis is None
+    close(loss(x, y), expected)
+    last = cls(eps=.1, prior=prior, axis=-1)
+    assert last.axis == -1
+    close(last(x.movedim(1, -1), y.movedim(1, -1)), expected)
+    close(pickle.loads(pickle.dumps(last))(x.movedim(1, -1), y.movedim(1, -1)), expected)
+    loss.axis = 2
+    close(loss(x.transpose(1, 2), y.transpose(1, 2)), expected)
+    loss.axis = 9
+    with pytest.raises(IndexError, match='axis 9 is out of range'): loss(x, y)
+    one = cls(eps=.1, prior=prior[:1])
+    close(one(x[:, 0], y[:, 0]), F.binary_cross_entropy_with_logits(x[:, 0], .8*y[:, 0] + .18))
+    with pytest.raises(ValueError, match=r'one label; axis= says where'): cls(eps=.1, prior=prior)(x[:, 0], y[:, 0])
 
 
 def test_optimum_has_the_logit_gap_of_the_formula():
@@ -725,3 +747,75 @@ def test_message_says_why_labels_stop_at_half():
     with pytest.raises(ValueError, match=r'eps must be in \[0, 0.5\], got 0.6 .*at .5 they are the same'): LabelSmoothingBCEWithLogits(.6)
     with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropy(1.1)
     assert str(e.value) == 'eps must be in [0, 1], got 1.1'
+
+
+# ---------------------------------------------------------------- soft targets on a GPU
+
+@pytest.mark.parametrize('cls', [LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat])
+def test_soft_targets_on_a_gpu_are_looked_at_once(monkeypatch, cls):
+    "As if the CPU were a GPU: in the first batch, for each look makes a GPU wait; and again after an error, which is not an answer"
+    looks = []
+    def check(target, axis):
+        looks.append(axis)
+        if len(looks) == 1: raise ValueError('rows sum to 2')
+    monkeypatch.setattr(losses, 'check_soft_rows', check)
+    soft = rand(6, 4).softmax(1)
+    cls()(rand(6, 4), soft)
+    assert not looks   # a CPU looks each time, elsewhere
+    monkeypatch.setattr(losses, '_is_soft_on_gpu', lambda t: t.is_floating_point())
+    loss = cls()
+    loss(rand(6, 4), randint(4, 6))
+    with pytest.raises(ValueError, match='rows sum to 2'): loss(rand(6, 4), soft)
+    for _ in range(3): loss(rand(6, 4), soft)
+    cls(multi_hot=True)(rand(6, 4), soft)
+    assert looks == [1, 1]
+    pickle.loads(pickle.dumps(loss))(rand(6, 4), soft)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_multi_hot_floats_on_a_gpu():
+    loss, x, y = LabelSmoothingCrossEntropyFlat(), rand(6, 4).cuda(), (rand(6, 4) > 0).double().cuda()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='multi_hot=True'): loss(x, y)
+
+
+# ---------------------------------------------------------------- an eps at its end, and what a loss shows
+
+TOP = [(LabelSmoothingCrossEntropy, 1.), (LabelSmoothingCrossEntropyFlat, 1.), (LabelSmoothingBCEWithLogits, .5), (LabelSmoothingBCEWithLogitsFlat, .5)]
+
+
+@pytest.mark.parametrize('cls,top', TOP)
+def test_targets_that_teach_nothing_are_warned_of_once(cls, top):
+    "Where eps is set: when built, or later; not at each call, nor for the same eps again"
+    with pytest.warns(UserWarning, match=rf'eps=(1|\.5) .*nothing to learn') as said: loss = cls(top)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        loss.eps = top
+        loss(rand(3, 4), randint(4, 3) if top == 1. else randint(2, 3, 4))
+        copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))
+        loss.eps = top/2
+        cls(top - .01)
+    with pytest.warns(UserWarning, match='nothing to learn') as said: loss.eps = top
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize('loss,text', [
+    (lambda: LabelSmoothingCrossEntropy(), "LabelSmoothingCrossEntropy(eps=0.1, reduction='mean')"),
+    (lambda: LabelSmoothingCrossEntropy(tensor([.1, .2]), weight=tensor([1., 1/3]), axis=-1),
+     "LabelSmoothingCrossEntropy(eps=[0.1, 0.2], reduction='mean', weight=[1.0, 0.333], axis=-1)"),
+    (lambda: LabelSmoothingCrossEntropy(prior=torch.full((20,), .05), ignore_index=255),
+     "LabelSmoothingCrossEntropy(eps=0.1, reduction='mean', prior=Tensor[20], ignore_index=255)"),
+    (lambda: LabelSmoothingCrossEntropyFlat(multi_hot=True, spread='others', backend='torch'),
+     "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.1, reduction='mean', backend='torch', spread='others', multi_hot=True)"),
+    (lambda: LabelSmoothingCrossEntropyFlat(axis=1, flatten=False, reduction='none'),
+     "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.1, reduction='none', axis=1), flatten=False"),
+    (lambda: LabelSmoothingBCEWithLogitsFlat(pos_weight=tensor([2.]), thresh=.3),
+     "FlattenedLoss of LabelSmoothingBCEWithLogits(eps=0.05, reduction='mean', pos_weight=[2.0], thresh=0.3)")])
+def test_a_loss_shows_its_options_but_for_the_default_ones(loss, text): assert repr(loss()) == text
+
+
+def test_a_subclass_shows_them_too():
+    class Mine(LabelSmoothingCrossEntropy):
+        def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
+    assert repr(Mine(.2, ignore_index=3)) == "Mine(eps=0.2, reduction='mean', ignore_index=3)"

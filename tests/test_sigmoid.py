@@ -6,7 +6,8 @@ import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce
+from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_targets
+from fastai_smooth.losses import LabelSmoothingBCEWithLogits
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference
 
 few = settings(max_examples=int(os.environ.get('SMOOTH_TEST_SETTINGS', 60)), deadline=None, derandomize=True, database=None)
@@ -107,6 +108,26 @@ def test_sigmoid_prior():
     assert distance(smooth_bce(x, y, .1, prior=torch.full((3,), .5)), smooth_bce(x, y, .1)) < 1e-6
 
 
+@pytest.mark.parametrize('shape,axis,at', [((3, 4, 2, 5), None, 1), ((3, 4, 2, 2, 5), None, 1), ((3, 5, 4), -1, 2), ((3, 4, 5), 1, 1), ((4, 3), 0, 0), ((6, 4), None, 1), ((4,), None, 0)])
+@pytest.mark.parametrize('layout', ['as it is', 'turned'])
+def test_sigmoid_prior_lies_along_the_labels(shape, axis, at, layout):
+    "the channels of images, the last axis of a table, or the `axis` that is given"
+    x, y, prior = torch.randn(shape).double(), (torch.rand(shape) < .4).double(), torch.tensor([.9, .8, .1, .4]).double()
+    if layout == 'turned': x, y = x.mT.contiguous().mT if len(shape) > 1 else x, y.flip(0)
+    for reduction in REDUCTIONS:
+        actual = loss_and_grad(smooth_bce, x, y, .1, prior=prior, axis=axis, reduction=reduction)
+        q = smooth_targets(y.movedim(at, -1).reshape(-1, 4), eps=.1, prior=prior, sigmoid=True).view(y.movedim(at, -1).shape).movedim(-1, at)
+        expected = loss_and_grad(F.binary_cross_entropy_with_logits, x, q, reduction=reduction)
+        assert max(map(distance, actual, expected)) < 1e-12
+        assert distance(smooth_targets(y, eps=.1, prior=prior, sigmoid=True, axis=axis), q) < 1e-12
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (3, 1), (3, 4, 5), (3, 1, 4, 5)])
+def test_sigmoid_prior_of_one_label(shape):
+    x, y, prior = torch.randn(shape).double(), (torch.rand(shape) < .4).double(), torch.tensor([.9]).double()
+    assert max(map(distance, loss_and_grad(smooth_bce, x, y, .1, prior=prior), loss_and_grad(torch_bce, x, y, .1, prior=prior.view([1] * len(shape))))) < 1e-12
+
+
 def test_nothing_left():
     for reduction in REDUCTIONS:
         loss, grad = loss_and_grad(smooth_bce, torch.randn(0, 3), torch.ones(0, 3), reduction=reduction)
@@ -184,6 +205,12 @@ def test_target_of_a_wrong_shape():
 @pytest.mark.parametrize('name', ['prior', 'weight', 'pos_weight'])
 def test_prior_weight_shapes(name):
     "ValueError naming what was expected and what came"
+    for shape, axis in (((2, 3, 5, 5), None), ((2, 5, 3), -1)):
+        with pytest.raises(ValueError, match='3'): smooth_bce(torch.zeros(shape), torch.ones(shape), prior=torch.full((5,), .5), axis=axis)
+    with pytest.raises(ValueError, match=r'\(1,\) for \(2, 4, 5\) \(one label; axis= says where there are several\), got \(5,\)'):
+        smooth_bce(torch.zeros(2, 4, 5), torch.ones(2, 4, 5), prior=torch.full((5,), .5))
+    for axis in (2, -3, 7):
+        with pytest.raises(IndexError, match=f'axis {axis} is out of range'): smooth_bce(torch.zeros(2, 3), torch.ones(2, 3), axis=axis)
     with pytest.raises(ValueError) as e: smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: torch.full((5,), .5)})
     assert name in str(e.value) and '3' in str(e.value) and '5' in str(e.value)
 
@@ -191,8 +218,11 @@ def test_prior_weight_shapes(name):
 @pytest.mark.parametrize('name,value,came', [('prior', [.5, 1.5, .5], '1.5'), ('prior', [.5, -.25, .5], '-0.25'),
                                              ('weight', [1., -2.5, 1.], '-2.5')])
 def test_prior_weight_values(name, value, came):
-    with pytest.raises(ValueError) as e: smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: torch.tensor(value)})
+    "are looked at where a module is built; a call does not pay for it, and weighs by what it gets, as PyTorch does"
+    with pytest.raises(ValueError) as e: LabelSmoothingBCEWithLogits(**{name: torch.tensor(value)})
     assert name in str(e.value) and came in str(e.value)
+    x, y, value = torch.randn(4, 3).double(), (torch.rand(4, 3) < .5).double(), torch.tensor(value).double()
+    assert max(map(distance, loss_and_grad(smooth_bce, x, y, .1, **{name: value}), loss_and_grad(torch_bce, x, y, .1, **{name: value}))) < 1e-6
 
 
 @pytest.mark.parametrize('name,value', [('reduction', 'average'), ('backend', 'fpga')])

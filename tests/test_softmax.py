@@ -6,7 +6,8 @@ import pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from fastai_smooth.kernels import smooth_cross_entropy, smooth_targets
+from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits, smooth_cross_entropy, smooth_targets
+from fastai_smooth.losses import LabelSmoothingCrossEntropy
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, softmax_reference
 
 INF = math.inf
@@ -456,10 +457,56 @@ def test_prior_weight_shapes(name, value, came):
     ('prior', [[1., 0., 0.], [0., 1., 0.], [.5, .5, .5]], '1.5'),
     ('prior', [[1., 0., 0.], [0., 1., 0.], [.5, .75, -.25]], '-0.25')])
 def test_prior_weight_values(name, value, came):
-    "negative ones, and priors that don't sum to 1"
-    x, y = rows(2, 3)
-    with pytest.raises(ValueError) as e: smooth_cross_entropy(x, y, .1, **{name: torch.tensor(value)})
+    "negative ones, and priors that don't sum to 1: looked at where a module is built, not in each call"
+    with pytest.raises(ValueError) as e: LabelSmoothingCrossEntropy(.1, **{name: torch.tensor(value)})
     assert name in str(e.value) and came in str(e.value)
+
+
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+@pytest.mark.parametrize('shape', [(5, 3), (700, 1000), (2, 3, 4, 4)])
+def test_weights_that_pytorch_takes(shape, reduction):
+    "negative ones too: the functions take what `F.cross_entropy` does"
+    x, y = torch.randn(shape).double(), torch.randint(shape[1], shape[:1] + shape[2:])
+    w = torch.randn(shape[1]).double()
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        actual = loss_and_grad(smooth_cross_entropy, x.to(dtype), y, .1, weight=w, reduction=reduction)
+        assert max(map(distance, actual, loss_and_grad(F.cross_entropy, x, y, label_smoothing=.1, weight=w, reduction=reduction))) < tolerance
+
+
+def test_soft_rows_that_do_not_sum_to_1():
+    "multi-hot ones: the error names what is for them. As index targets of images: whatever the axis"
+    for shape, axis in (((4, 3), 1), ((2, 3, 5), 1), ((2, 5, 3), -1), ((3,), 1)):
+        y = torch.full(shape, .5 if len(shape) == 2 else 1.)
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(ValueError, match='soft targets must sum to 1 along axis .* at row .*: use multi_hot=True .*LabelSmoothingBCEWithLogitsFlat'):
+                smooth_cross_entropy(torch.randn(shape), y.to(dtype), .1, axis=axis)
+        smooth_cross_entropy(torch.randn(shape), y, .1, axis=axis, multi_hot=True)
+    half = torch.randn(4, 1000).softmax(1)
+    for dtype in (torch.float16, torch.bfloat16): smooth_cross_entropy(torch.randn(4, 1000), half.to(dtype))
+    smooth_cross_entropy(torch.randn(0, 3), torch.zeros(0, 3))
+    smooth_cross_entropy(torch.randn(2, 3, device='meta'), torch.ones(2, 3, device='meta'))  # no values
+    with pytest.raises(ValueError, match='sum to 1'): smooth_cross_entropy(torch.randn(2, 2), torch.ones(2, 2, requires_grad=True))
+
+
+def test_scalar_eps_that_needs_a_gradient():
+    "would get none: refused. A value a class gets one"
+    eps, x, y = torch.tensor(.1, requires_grad=True), *rows(6, 3)
+    with pytest.raises(ValueError, match=r'no gradient: pass eps.detach\(\), or to learn it eps.expand\(3\)'): smooth_cross_entropy(x, y, eps)
+    with pytest.raises(ValueError, match=r'or to learn it eps.expand\(K\)'): LabelSmoothingCrossEntropy(eps)
+    with pytest.raises(ValueError, match=r'no gradient'): smooth_binary_cross_entropy_with_logits(x, x > 0, eps)
+    with pytest.raises(ValueError, match=r'no gradient'): torch.func.grad(lambda e: smooth_cross_entropy(x, y, e))(eps.detach())
+    grad, = torch.autograd.grad(smooth_cross_entropy(x, y, eps.expand(3)), eps)
+    step = (smooth_cross_entropy(x.double(), y, .11) - smooth_cross_entropy(x.double(), y, .09)) / .02
+    assert abs(grad.item() - step.item()) < 1e-5
+    assert torch.equal(smooth_cross_entropy(x, y, eps.detach()), smooth_cross_entropy(x, y, eps.item()))
+
+
+def test_axis_of_a_single_row():
+    "(K,) logits have one axis; 1, the default, is taken for it, and no other"
+    x, y = torch.randn(3), torch.tensor(1)
+    for axis in (0, 1, -1): assert torch.equal(smooth_cross_entropy(x, y, axis=axis), smooth_cross_entropy(x[None], y[None]))
+    for axis in (7, 2, -2):
+        with pytest.raises(IndexError, match=f'axis {axis} is out of range'): smooth_cross_entropy(x, y, axis=axis)
 
 
 def test_integer_targets_shaped_like_the_input():
@@ -499,15 +546,14 @@ def test_combinations_not_in_the_table(dense, options):
 
 FLIP = """
 import torch
-from fastai_smooth.kernels import smooth_cross_entropy
-x, y = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
-for _ in range(3): smooth_cross_entropy(x, y, {eps}, weight=torch.tensor([1., {weight}]))
+from fastai_smooth.losses import LabelSmoothingCrossEntropy
+for _ in range(3): LabelSmoothingCrossEntropy({eps}, weight=torch.tensor([1., {weight}]))
 """
 
 
 @pytest.mark.parametrize('eps,weight,times', [(.1, 18.9, 0), (.1, 19.1, 1), (.5, 2.9, 0), (.5, 3.1, 1), (0., 1e6, 0)])
 def test_weights_past_the_flip_warn(eps, weight, times):
-    "K=2: the ratio is 19 at eps .1, 3 at .5; once however often the loss is called, nothing below the ratio"
+    "K=2: the ratio is 19 at eps .1, 3 at .5; once however often such a loss is built, nothing below the ratio"
     code = FLIP.format(eps=eps, weight=weight)
     ended = subprocess.run([sys.executable, '-W', 'always', '-c', code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

@@ -1,4 +1,6 @@
 "What q is, convention by convention: numbers worked by hand, then random ones against the float64 reference."
+import math
+
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
@@ -6,6 +8,7 @@ from fastai_smooth.kernels import smooth_cross_entropy, smooth_targets
 from fastai_smooth.kernels.targets import label_axis
 from reference import distance, smoothed_targets
 
+PRIOR4 = torch.tensor([.1, .2, .3, .4])
 OPTIONS = 'all', 'others', 'prior', 'matrix', 'per-class', 'multi_hot', 'multi_hot others', 'soft'
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -122,6 +125,20 @@ def test_sigmoid_prior():
     assert distance(half, smooth_targets(y, eps=.1, sigmoid=True)) < 1e-6
 
 
+def test_sigmoid_prior_of_images():
+    "lies along the channels of images, and along `axis`; masks and events have one label"
+    def q(shape, prior, **kw): return smooth_targets(torch.zeros(shape), eps=.5, prior=torch.tensor(prior), sigmoid=True, **kw)
+    two = torch.tensor([.2, .6])
+    assert torch.equal(q((3, 2, 4, 4), [.2, .6], num_classes=2), two.view(2, 1, 1).expand(3, 2, 4, 4))
+    assert torch.equal(q((3, 4, 4), [.2], num_classes=1), two[:1].expand(3, 4, 4))
+    assert torch.equal(q((3, 4, 2), [.2, .6], axis=-1, num_classes=2), two.expand(3, 4, 2))
+    assert torch.equal(q((3, 2, 4), [.2, .6], axis=1), two.view(2, 1).expand(3, 2, 4))
+    assert torch.equal(q((2,), [.2, .6], num_classes=2), two) and torch.equal(q((5,), [.2]), two[:1].expand(5))
+    for shape, prior, axis in (((3, 2, 4, 4), [.2] * 4, None), ((3, 4, 2), [.2, .6], None), ((3, 4, 2), [.2], -1), ((5,), [.2, .6], None), ((3, 2), [.2], None)):
+        with pytest.raises(ValueError, match='prior must have shape .* for .*axis'): q(shape, prior, axis=axis)
+    with pytest.raises(ValueError, match='num_classes is 4, but target has 2 along axis 1'): q((3, 2, 4, 4), [.2, .6], num_classes=4)
+
+
 @pytest.mark.parametrize('eps', [0., .5])
 def test_sigmoid_eps_limits(eps):
     y = torch.tensor([[1., 0.]])
@@ -183,6 +200,15 @@ def test_eps_out_of_range(eps, sigmoid):
     with pytest.raises(ValueError, match=str(eps)): smooth_targets(torch.tensor([[1., 0.]]), eps=eps, sigmoid=sigmoid)
 
 
+@pytest.mark.parametrize('sigmoid', [False, True])
+def test_scalar_eps_that_needs_a_gradient(sigmoid):
+    "would get none: refused, with what does get one"
+    eps = torch.tensor(.1, requires_grad=True)
+    with pytest.raises(ValueError, match=r'no gradient: pass eps.detach\(\)' + ('$' if sigmoid else r', or to learn it eps.expand\(3\)')):
+        smooth_targets(torch.eye(3), eps=eps, sigmoid=sigmoid)
+    assert torch.equal(smooth_targets(torch.eye(3), eps=eps.detach(), sigmoid=sigmoid), smooth_targets(torch.eye(3), eps=.1, sigmoid=sigmoid))
+
+
 @pytest.mark.parametrize('index', [77, -7])
 def test_class_index_out_of_range(index):
     with pytest.raises(IndexError, match=str(index)): smooth_targets(torch.tensor([0, 1, index]), 5, .1)
@@ -207,9 +233,40 @@ def test_prior_shapes_and_values(prior):
     with pytest.raises(ValueError): smooth_targets(torch.tensor([0, 1]), 3, .1, prior=prior)
 
 
+def test_soft_rows_that_do_not_sum_to_1():
+    "are multi-hot ones, or counts: the error names what is for them"
+    for target, came in (([[1., 0., 1.], [0., 0., 1.]], '2 at row 0'), ([[.5, .5], [.25, .25]], '0.5 at row 1'), ([[.5, .5], [math.nan, 1.]], 'nan at row 1'),
+                         ([[0., 0.]], '0 at row 0'), ([[[.3, .7]], [[9., 3.]]], r'12 at row \(1, 0\)')):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            with pytest.raises(ValueError, match=f'sum to 1 along axis .*got {came}: use multi_hot=True .*LabelSmoothingBCEWithLogitsFlat'):
+                smooth_targets(torch.tensor(target, dtype=dtype), eps=.05)
+    with pytest.raises(ValueError, match='along axis 1, got 2 at row'): smooth_targets(torch.ones(3, 2, 4), axis=1)
+    smooth_targets(torch.zeros(0, 3))
+    smooth_targets(torch.ones(2, 3, device='meta'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('K', [4, 10, 1000, 60000])
+def test_soft_rows_that_were_rounded(K, dtype):
+    "to half precision, by MixUp, to two decimals, or all alike: they are a distribution all the same"
+    rows = torch.randn(4, K).softmax(1), torch.full((2, K), 1 / K), .3 * torch.eye(4, K) + .7 * torch.eye(4, K).flip(0)
+    for soft in rows: smooth_targets(soft.to(dtype))
+    smooth_targets(torch.tensor([[.33, .33, .33], [.67, .17, .17]], dtype=dtype))
+
+
+def test_axis():
+    "of the classes in q: the last one, unless it is given"
+    y, soft = torch.randint(4, (2, 3, 5)), torch.randn(2, 3, 5, 4).softmax(-1)
+    for axis, at in ((0, 0), (1, 1), (-1, 3)):
+        assert torch.equal(smooth_targets(y, 4, axis=axis), smooth_targets(y, 4).movedim(-1, at))
+        assert torch.equal(smooth_targets(soft.movedim(-1, at), 4, prior=PRIOR4, axis=axis), smooth_targets(soft, prior=PRIOR4).movedim(-1, at))
+    for axis in (4, -5):
+        with pytest.raises(IndexError, match=f'axis {axis} '): smooth_targets(y, 4, axis=axis)
+
+
 def test_inputs_never_modified():
     y, eps, prior = torch.tensor([[1., 0., 1.]]), torch.tensor([.1, .2, .3]), torch.tensor([.2, .3, .5])
-    for target, e, options in [(y, .1, {}), (y, .1, dict(multi_hot=True)), (y, .1, dict(sigmoid=True)),
+    for target, e, options in [(y / 2, .1, {}), (y, .1, dict(multi_hot=True)), (y, .1, dict(sigmoid=True)),
                                (torch.tensor([0, 2]), .1, dict(prior=prior)), (torch.tensor([0, 2]), eps, {})]:
         kept = [t.clone() for t in (target, eps, prior)]
         smooth_targets(target, 3, e, **options)

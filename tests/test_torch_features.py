@@ -1,6 +1,7 @@
 "Both losses as citizens of PyTorch: autograd, memory, layout, TensorBase, torch.compile, torch.func, fake tensors."
+from functools import partial
 from itertools import product
-import subprocess, sys
+import os, subprocess, sys
 
 import pytest, torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastai_smooth.kernels import (smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy,
                                    smooth_targets)
+from fastai_smooth.kernels import sigmoid, softmax
 from reference import REDUCTIONS, distance, loss_and_grad
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*weight')      # past the flip: tested in test_softmax.py
@@ -242,6 +244,36 @@ def test_several_backwards_in_half_precision(dtype):
         graphed, = torch.autograd.grad(loss, x, create_graph=True)
         assert first.dtype == second.dtype == graphed.dtype == dtype
         assert max(distance(second, first), distance(graphed, first)) < 2 * torch.finfo(dtype).eps
+
+
+def rounded(v, dtype):
+    "as numbers are when they are stored; Triton's interpreter cuts the digits of a bfloat16 off"
+    cut = dtype == torch.bfloat16 and os.environ.get('TRITON_INTERPRET') == '1' and os.environ.get('SMOOTH_TEST_BACKEND') == 'triton'
+    return (v.float().view(torch.int32) >> 16 << 16).view(torch.float32).to(dtype) if cut else v.to(dtype)
+
+
+def off_by_rounding(loss_func, x, target, by, **options):
+    "The share of a half-precision gradient that is not the float64 one, rounded"
+    exact = loss_and_grad(loss_func, x.double(), target, .1, grad_output=by, **options)[1]
+    return (loss_and_grad(loss_func, x, target, .1, grad_output=by, **options)[1] != rounded(exact, x.dtype)).double().mean().item()
+
+
+@pytest.mark.parametrize('by', [1., .25, 1 / 3, 3., 'a row'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('head', ['index', 'soft', 'sigmoid'])
+def test_half_precision_gradient_is_rounded_once(head, dtype, by):
+    "whatever it is multiplied by: weights of rows, a share of accumulated batches. Rounded before that and after, a quarter is an ulp off"
+    x, options = torch.randn(64, 1000).to(dtype), dict(reduction='none') if by == 'a row' else {}
+    target = {'index': torch.randint(1000, (64,)), 'soft': torch.rand(64, 1000).softmax(1), 'sigmoid': torch.rand(64, 1000) < .1}[head]
+    if by == 'a row': by = torch.rand(64, 1000) if head == 'sigmoid' else torch.rand(64)
+    assert off_by_rounding(smooth_bce if head == 'sigmoid' else smooth_cross_entropy, x, target, by, **options) < .005
+
+
+def test_half_precision_gradient_kept_in_float32(monkeypatch):
+    "as on a GPU, where it is not made twice"
+    for module in (softmax, sigmoid): monkeypatch.setattr(module, 'early_grad', lambda x, reduction: torch.empty_like(x, dtype=torch.float32))
+    for dtype in (torch.bfloat16, torch.float16): test_half_precision_gradient_is_rounded_once('soft', dtype, 3.)
+    for head in ('index', 'soft', 'sigmoid'): test_half_precision_gradient_is_rounded_once(head, torch.bfloat16, 'a row')
 
 
 @every_option
@@ -568,6 +600,45 @@ def test_torch_func_masked_logits():
     x[:, 2], y[3] = -torch.inf, 0
     grad, loss = torch.func.grad_and_value(smooth_cross_entropy)(x, y)
     assert max(map(distance, (loss, grad), loss_and_grad(smooth_cross_entropy, x, y))) < 1e-6
+
+
+def batched_grads(f, x):
+    "with five grad_outputs at once"
+    loss = f(x)
+    return torch.autograd.grad(loss, x, torch.linspace(-1, 2, 5 * loss.numel(), dtype=loss.dtype).view(5, *loss.shape), is_grads_batched=True)[0]
+
+
+def batched_grads_of_grads(f, x):
+    loss = f(x)
+    grads, = torch.autograd.grad(loss, x, torch.linspace(-1, 2, 5 * loss.numel(), dtype=loss.dtype).view(5, *loss.shape), is_grads_batched=True, create_graph=True)
+    return torch.autograd.grad(grads.pow(2).sum(), x)[0]
+
+
+BATCHED = dict(grads=batched_grads, grads_of_grads=batched_grads_of_grads, jacobian=partial(torch.autograd.functional.jacobian, vectorize=True),
+               jacobian_forward=partial(torch.autograd.functional.jacobian, vectorize=True, strategy='forward-mode'),
+               hessian=lambda f, x: torch.autograd.functional.hessian(lambda x: f(x).sum(), x, vectorize=True))
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')
+@every_option
+@pytest.mark.parametrize('how,reduction', [('grads', 'mean'), *product(BATCHED, ['none'])])
+def test_batched_gradients(how, reduction, loss_func, target, options):
+    "several gradients at once: as of plain ops"
+    x = logits().requires_grad_()
+    actual, expected = (BATCHED[how](lambda x: f(x, target, reduction=reduction, **options), x) for f in (loss_func, partial(plain_loss, loss_func)))
+    assert distance(actual, expected) < 1e-6
+
+
+@every_option
+@pytest.mark.parametrize('reduction', ['mean', 'none'])
+def test_make_fx(reduction, loss_func, target, options):
+    "a step becomes a graph of plain ops, which gives the same for other logits"
+    from torch.fx.experimental.proxy_tensor import make_fx
+    def step(x):
+        loss = loss_func(x, target, reduction=reduction, **options)
+        return loss, torch.autograd.grad(loss, x, torch.full_like(loss, .3))[0]
+    x, z = logits().requires_grad_(), logits().requires_grad_()
+    assert max(map(distance, make_fx(step)(x)(z), step(z))) < 1e-6
 
 
 @every_option

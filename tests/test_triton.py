@@ -52,8 +52,7 @@ def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1
     with recorded() as launches:
         grad = torch.empty_like(x) if early else None
         loss, inverse, stats = fused_softmax.forward(x, job, reduction, grad, keep=fused_softmax.long(x, 1))
-        if early: fused.scale_(grad, loss)
-        else: fused_softmax.backward(torch.ones_like(loss), x, job, reduction, inverse, stats)
+        fused_softmax.backward(torch.ones_like(loss), x, job, reduction, inverse, stats, grad)
     return launches
 
 
@@ -61,9 +60,13 @@ def sigmoid_launches(shape, dtype=torch.float32, target=torch.uint8, reduction='
     x = torch.zeros(shape, dtype=dtype)
     labels = Labels(x.to(target), .05, **{k: v.expand(shape) for k, v in factors.items()})
     with recorded() as launches:
-        loss = fused_sigmoid.forward(x, labels, reduction, torch.empty_like(x) if early else None)
-        if not early: fused_sigmoid.backward(torch.ones_like(loss), x, labels, reduction)
+        grad = torch.empty_like(x) if early else None
+        loss = fused_sigmoid.forward(x, labels, reduction, grad)
+        fused_sigmoid.backward(torch.ones_like(loss), x, labels, reduction, grad)
     return launches
+
+
+def forwards(launches): return launches[:-1]
 
 
 def entries():
@@ -73,12 +76,12 @@ def entries():
             for k in dict.fromkeys((most or WIDE[layout], (most or WIDE[layout]) - 3)):   # and an odd number of classes
                 shape = (4, k) if layout.startswith('classes') else (2, k, 32, 32)
                 name, odd = f'softmax, {layout}, {k}', k % 2 == 1
-                early = [launch for launch in softmax_launches(shape, early=True) if launch.kernel is fused_softmax.softmax_kernel]
+                early = forwards(softmax_launches(shape, early=True))[1:]   # the first one counts rows
                 yield f'{name}, float32 early, sm_90', 90, early
                 if odd: continue
                 yield f'{name}, bfloat16 late, sm_90', 90, softmax_launches(shape, torch.bfloat16)
                 yield f'{name}, float32 early, sm_80', 80, early
-    yield 'softmax, before and after, sm_90', 90, softmax_launches((4, 1000), early=True, weight=torch.ones(1000))
+    for k in (1000, 20000): yield f'softmax, before and after, {k}, sm_90', 90, [l for l in softmax_launches((4, k), early=True, weight=torch.ones(k)) if l.args.get('loss') is None]
     v = torch.ones(1000)
     for name, options in dict(soft=dict(soft=True), prior=dict(prior=v, weight=v), weight=dict(weight=v), others=dict(spread='others'), each=dict(reduction='none'),
                               hot=dict(multi_hot=True, spread='others', weight=v), eps=dict(eps=v), float16=dict(dtype=torch.float16)).items():
@@ -87,12 +90,13 @@ def entries():
     yield 'softmax, float64, sm_90', 90, softmax_launches((4, 40), torch.float64)
     yield 'softmax, long rows, soft, prior, weight, sm_90', 90, softmax_launches((4, 20000), soft=True, prior=torch.ones(20000), weight=torch.ones(20000))
     for dtype, target in product((torch.float32, torch.bfloat16), (torch.uint8, torch.bool, torch.float32)):
-        yield f'sigmoid, {dtype}, {target}, sm_90'.replace('torch.', ''), 90, sigmoid_launches((64, 1000), dtype, target)
+        yield f'sigmoid, {dtype}, {target}, sm_90'.replace('torch.', ''), 90, forwards(sigmoid_launches((64, 1000), dtype, target))
     yield 'sigmoid, float16, sm_90', 90, sigmoid_launches((64, 1000), torch.float16, early=False)
     yield 'sigmoid, each, sm_90', 90, sigmoid_launches((64, 1000), reduction='none', early=False)
     w = torch.ones(1000)
-    yield 'sigmoid, factors, sm_90', 90, sigmoid_launches((64, 1000), prior=w, weight=w, pos_weight=w)
-    yield 'sigmoid, sm_80', 80, sigmoid_launches((64, 1000))
+    yield 'sigmoid, factors, sm_90', 90, forwards(sigmoid_launches((64, 1000), prior=w, weight=w, pos_weight=w))
+    yield 'sigmoid, sm_80', 80, forwards(sigmoid_launches((64, 1000)))
+    yield 'sigmoid, after, sm_90', 90, sigmoid_launches((64, 1000))[-1:]
 
 
 def compiled(capability, launches):
@@ -131,14 +135,14 @@ def kernels(launches): return [launch.kernel.__name__ for launch in launches]
 
 
 def test_launches():
-    "two for few logits; for many, whose gradient is made with the loss, a look at the targets before and one at the scale after"
+    "two for few logits; for many, whose gradient is made with the loss, a look at the targets before, and after it one at the scale"
     for shape in ((64, 10), (512, 1000)): assert kernels(softmax_launches(shape)) == ['softmax_kernel'] * 2
     assert kernels(softmax_launches((4, 20000))) == ['softmax_kernel', 'gradient_kernel']
-    assert kernels(softmax_launches((512, 1000), early=True)) == ['count_kernel', 'softmax_kernel', 'scale_kernel']
-    assert kernels(softmax_launches((512, 1000), early=True, reduction='sum')) == ['softmax_kernel', 'scale_kernel']
-    assert kernels(softmax_launches((512, 1000), early=True, soft=True)) == ['softmax_kernel', 'scale_kernel']
-    assert kernels(sigmoid_launches((64, 20))) == ['sigmoid_kernel']
-    assert kernels(sigmoid_launches((64, 20), torch.float16, early=False)) == ['sigmoid_kernel'] * 2
+    assert kernels(softmax_launches((512, 1000), early=True)) == ['count_kernel', 'softmax_kernel', 'softmax_kernel']
+    assert kernels(softmax_launches((512, 1000), early=True, reduction='sum')) == ['softmax_kernel'] * 2
+    assert kernels(softmax_launches((512, 1000), early=True, soft=True)) == ['softmax_kernel'] * 2
+    assert kernels(softmax_launches((4, 20000), early=True)) == ['count_kernel', 'softmax_kernel', 'gradient_kernel']
+    for early in (True, False): assert kernels(sigmoid_launches((64, 20), early=early)) == ['sigmoid_kernel'] * 2
 
 
 @pytest.mark.parametrize('shape', [(64, 10), (64, 20000), (8, 21, 16, 16)])
@@ -153,8 +157,8 @@ def test_nothing_recompiles(shape, early):
 
 def test_work_is_bounded():
     "however many logits: so many programs at most, and the sums of their sums as long"
-    with recorded() as launches: fused.scale_(torch.zeros(fused.MAX_PROGRAMS * 4096 + 1), torch.ones(()))
-    assert launches[0].args['tiles'] == fused.MAX_PROGRAMS and launches[0].args['tail'] == 1
+    args = sigmoid_launches((fused.MAX_PROGRAMS * 4096 + 1,))[0].args
+    assert args['tiles'] == fused.MAX_PROGRAMS and args['tail'] == 1 and len(args['sums']) == 3 * fused.MAX_PROGRAMS
 
 
 # ---------------------------------------------------------------- how tensors are walked over

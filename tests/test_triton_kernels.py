@@ -12,7 +12,7 @@ from fastai_smooth.kernels.formula import Job
 from fastai_smooth.kernels.fused_softmax import Tile
 from fastai_smooth.kernels.sigmoid import Labels
 from fastai_smooth.kernels.targets import Smoothing
-from reference import REDUCTIONS, distance, loss_and_grad, sigmoid_reference, softmax_reference
+from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference, softmax_reference
 
 TABLE = sys.modules['on_triton'].tile_for if 'on_triton' in sys.modules else fused_softmax.tile_for
 DEVICE = 'cpu' if fused.INTERPRETED else 'cuda'
@@ -116,11 +116,23 @@ def test_more_tiles_than_programs(cut, monkeypatch):
         assert max(distance(a.cpu(), e) for a, e in zip(actual, expected)) < 1e-10
 
 
-@pytest.mark.parametrize('by', [1., .25])
-def test_scale_in_place(by):
-    for n in (1, 4095, 4096, 4097, 9000):
-        g = torch.randn(n, device=DEVICE)
-        assert torch.equal(fused.scale_(g.clone(), torch.tensor(by, device=DEVICE)), g * by)
+@pytest.mark.parametrize('tile', [Tile(2, 16, 1), Tile(2, 4, 1)])
+def test_an_early_gradient_is_kept_or_made_anew(tile, cut, monkeypatch):
+    "kept, untouched, where grad_output is 1; else rounded once, with that in"
+    cut(tile, early=True)
+    monkeypatch.setattr(fused_sigmoid, 'BLOCK', 16)
+    x, y = inputs(6, 10, torch.bfloat16)
+    x.requires_grad_()
+    for f, target in ((smooth_cross_entropy, y), (smooth_bce, x.detach() > 0)):
+        for by in (1., 3.):
+            loss = f(x, target, .1, backend='triton')
+            made = loss.grad_fn.grad
+            first = made.clone()
+            grad, = torch.autograd.grad(loss, x, torch.tensor(by, device=DEVICE))
+            assert grad.data_ptr() == made.data_ptr() and torch.equal(grad, first) == (by == 1)
+            d = x.detach().double().requires_grad_()
+            truth, = torch.autograd.grad(f(d, target, .1, backend='torch'), d, torch.tensor(by, dtype=d.dtype, device=DEVICE))
+            assert rounded_once(grad, truth)
 
 
 # ---------------------------------------------------------------- who computes
@@ -182,10 +194,10 @@ def test_layout_that_the_gradient_does_not_share():
     assert max(map(distance, actual, expected)) < 1e-6
 
 
-@pytest.mark.parametrize('reduction', ['mean', 'none'])
-def test_hooks_that_give_other_strides(reduction, cut):
+@pytest.mark.parametrize('reduction,early', [('mean', False), ('mean', True), ('none', False)])
+def test_hooks_that_give_other_strides(reduction, early, cut):
     "activation offloading may: what was kept of the rows is in the old order"
-    cut(Tile(2, 4, 1))
+    cut(Tile(2, 4, 1), early)
     x, y = torch.randn(3, 12, 5, 4, device=DEVICE).transpose(2, 3).requires_grad_(), torch.randint(12, (3, 4, 5), device=DEVICE)
     def grad():
         loss = smooth_cross_entropy(x, y, reduction=reduction, backend='triton')
@@ -299,5 +311,6 @@ def test_out_of_bounds_is_noticed():
     "by the interpreter as on_triton.py sets it up: the other tests rely on it"
     import os
     if os.environ.get('SMOOTH_TEST_BACKEND') != 'triton' or not fused.INTERPRETED: pytest.skip('only in the process of test_triton.py')
-    g = torch.ones(8)
-    with pytest.raises(Exception, match='out of bounds'): fused.scale_kernel[(1,)](g[:4], torch.tensor(2.), 8, 0, BLOCK=16)
+    y, inverse, sums, ticket = torch.zeros(8, dtype=torch.long), torch.zeros(()), torch.zeros(3), torch.zeros((), dtype=torch.int32)
+    with pytest.raises(Exception, match='out of bounds'):
+        fused_softmax.count_kernel[(1,)](y[:4], None, inverse, sums, ticket, 8, 1, -100, C=3, BLOCK=16, ACC=fused.TYPES[torch.float32])

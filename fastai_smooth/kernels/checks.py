@@ -5,7 +5,7 @@ from numbers import Real
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from .targets import Smoothing, effective_eps, soften
+from .targets import Smoothing, along, effective_eps, label_axis, soften
 
 SPREADS = 'all', 'others'
 REDUCTIONS = 'mean', 'sum', 'none'
@@ -45,7 +45,11 @@ def check_eps(eps, top=1., num_classes=None, values=True):
     if isinstance(eps, Tensor):
         check_dense('eps', eps)
         if values or not eps.dim(): check_values('eps', eps)
-        if not eps.dim(): eps = eps.item()
+        if not eps.dim():
+            if eps.requires_grad:
+                learnt = '' if top < 1 else f", or to learn it eps.expand({num_classes or 'K'}), a value for each class"
+                raise ValueError(f"an eps of no dimensions gets no gradient: pass eps.detach(){learnt}")
+            eps = eps.item()
     if not isinstance(eps, Tensor):
         if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
         eps = float(eps)
@@ -83,6 +87,16 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
             what = "every row of prior" if dims == 2 else "prior"
             worst = total.flatten()[(total - 1).abs().argmax()].item()
             raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
+
+def label_prior(prior: Tensor, shape, axis=None) -> Tensor:
+    "A `prior` [K] of the K labels that lie along `label_axis` of this shape, shaped to broadcast to it; a ValueError for another size."
+    check_dense('prior', prior)
+    ndim, at = len(shape), label_axis(len(shape), axis)
+    k = 1 if at is None else shape[at]
+    if at is None and ndim == 1 and prior.dim() == 1 and len(prior) == shape[0]: return prior  # (K,) is a single row
+    if prior.shape == (k,): return prior.view([1] * ndim) if at is None else along(prior, at, ndim)
+    lie = "one label; axis= says where there are several" if at is None else f"labels along axis {at}"
+    raise ValueError(f"prior must have shape {(k,)} for {tuple(shape)} ({lie}), got {tuple(prior.shape)}")
 
 def check_factors(values=True, /, **factors):
     "Weights, of whatever shape, are finite and not negative; and the largest is of a size that sums and products of float32 can take."
@@ -155,6 +169,23 @@ def check_needs_no_index(s: Smoothing):
     if isinstance(s.eps, Tensor): raise ValueError("one eps a class needs class indices as targets, got soft targets")
     if s.prior is not None and s.prior.dim() == 2: raise ValueError("a prior of shape [K,K] needs class indices as targets, got soft targets")
 
+OTHER_TARGETS = "multi_hot=True for several classes a row, or smooth_binary_cross_entropy_with_logits (LabelSmoothingBCEWithLogitsFlat)"
+
+def check_soft_rows(target: Tensor, axis: int):
+    """Rows of soft labels sum to 1 along the class `axis`; a ValueError names the first that does not. Reads values, so a GPU is waited for.
+
+    Labels may have been rounded, to half precision or to two decimals, hence 5%: it is another kind of labels that is to be found,
+    such as multi-hot ones."""
+    total = target.detach().sum(axis, dtype=torch.float64 if target.dtype == torch.float64 else torch.float32)
+    if not total.numel(): return
+    low, high = total.aminmax()
+    if low >= .95 and high <= 1.05: return
+    bad = ~((total >= .95) & (total <= 1.05))  # nan, too
+    where = bad.nonzero()[0].tolist()
+    row = where[0] if len(where) == 1 else tuple(where)
+    raise ValueError(f"soft targets must sum to 1 along axis {axis}, got {total[bad][0].item():g} at row {row}: use {OTHER_TARGETS}; "
+                     "and for counts, the counts divided by their sum")
+
 def check_device(x, target):
     if target.device != x.device: raise ValueError(f"target is on {target.device}, input on {x.device}: move one of them")
 
@@ -162,8 +193,8 @@ def check_reduction(reduction):
     if reduction not in REDUCTIONS: raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 def class_axis(x, axis):
-    if x.dim() == 1: return 0
     axis = check_whole('axis', axis, -math.inf, math.inf)
+    if x.dim() == 1 and axis == 1: return 0  # the default, of a single row
     if not -x.dim() <= axis < x.dim(): raise IndexError(f"axis {axis} is out of range for input of shape {tuple(x.shape)}")
     return axis % x.dim()
 
@@ -176,8 +207,7 @@ def check_targets(x, target, axis, multi_hot) -> bool:
                          f"{tuple(target.shape)}" + ("; class indices are integers: target.long()" if target.shape == rows else ""))
     if dense: return False
     if target.shape == x.shape != rows:
-        raise ValueError(f"{target.dtype} targets shaped like input, {tuple(x.shape)}: use float for soft labels, multi_hot=True for several "
-                         "classes a row, or smooth_binary_cross_entropy_with_logits (LabelSmoothingBCEWithLogitsFlat)")
+        raise ValueError(f"{target.dtype} targets shaped like input, {tuple(x.shape)}: use float for soft labels, {OTHER_TARGETS}")
     if not is_index(target): raise TypeError(f"class indices must be integers, got {target.dtype}; target.long() makes them")
     if target.shape != rows:
         other = [d for d in range(x.dim()) if target.shape == x.shape[:d] + x.shape[d+1:]] if x.dim() > 2 else []  # of (N, K) one is as likely a wrong N

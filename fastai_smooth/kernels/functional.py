@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from . import sigmoid, softmax
 from .backward import opaque, tracing
-from .checks import (check_dense, check_device, check_eps, check_factors, check_indices, check_labels, check_needs_no_index, check_prior,
-                     check_reduction, check_smoothing, check_targets, check_values, check_whole, class_axis, is_index)
+from .checks import (check_dense, check_device, check_eps, check_indices, check_labels, check_needs_no_index, check_prior, check_reduction,
+                     check_smoothing, check_soft_rows, check_targets, check_values, check_whole, class_axis, is_index, label_prior)
 from .formula import Job, accumulator
 from .indices import looked_up
 from .sharded import check_options, is_sharded, sharded_loss
-from .targets import Smoothing, one_hot, sigmoid_q
+from .targets import Smoothing, label_axis, one_hot, sigmoid_q
 
 __all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits']
 
@@ -39,22 +39,24 @@ def fused_for(backend, x):
 
 def smooth_targets(
     target,                     # Class indices of shape (...), any integer dtype; or labels of shape (...,K)
-    num_classes: int = None,    # K; needed for class indices, checked against the last axis otherwise
+    num_classes: int = None,    # K; needed for class indices, checked against `axis` otherwise
     eps = None,                 # Smoothing, in [0,1] (default .1); with `sigmoid` in [0,.5] (default .05); or Tensor[K]
     *,
     prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; sigmoid: [K] label frequencies
     spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
     multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
     sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
-) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new last axis of K
+    axis: int = None,           # Of the classes in q: the last one; with `sigmoid` that of `smooth_binary_cross_entropy_with_logits`
+) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new axis of K
     """The smoothed target q itself, dense: `(1-eps)*y + eps*u`, and with `sigmoid` `(1-2*eps)*y + 2*eps*u`.
 
     Class indices of shape (...) give q of shape (...,K); labels of shape (...,K) keep it: floating ones (one-hot or
-    soft), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is 1/K, and with
-    `sigmoid` 1/2.
+    soft, whose rows sum to 1), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is
+    1/K, and with `sigmoid` 1/2.
 
-    Raises ValueError for options that do not go together or are out of range, TypeError for what is no tensor of real
-    numbers or of a dtype that the options do not go with, IndexError for a class index outside [0, K).
+    Raises ValueError for options that do not go together or are out of range, and for rows of soft labels that do not
+    sum to 1; TypeError for what is no tensor of real numbers or of a dtype that the options do not go with; IndexError
+    for `axis`, and for a class index outside [0, K).
 
     Source: Szegedy et al. 2016, arXiv:1512.00567, section 7; kernels/targets.py has the formula.
 
@@ -64,37 +66,44 @@ def smooth_targets(
     target = tensor_of('target', target)
     values = not tracing(unwrapped('target', target))
     if target.is_complex(): raise TypeError(f"target must be of real numbers, got {target.dtype}")
-    if sigmoid: return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, spread, multi_hot, values)
+    if axis is not None: axis = check_whole('axis', axis)
+    if sigmoid:
+        if multi_hot or spread != 'all': raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
+        return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, axis, values)
+    if axis is None: axis = -1
     index, s = None, unwrapped_options(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot))
     if is_index(target) and not multi_hot:
         if num_classes is None: raise ValueError("class indices need num_classes; for one-hot integers use target.float(), "
                                                  "for multi-hot ones multi_hot=True or sigmoid=True")
         check_whole('num_classes', num_classes, 1)
-        index, axis = target.long(), target.dim()
+        index, axis = target.long(), label_axis(target.dim() + 1, axis)
         if values: check_indices(index, num_classes)
         target = one_hot(index, num_classes, axis, torch.get_default_dtype())
     else:
         if target.dtype == torch.bool and not multi_hot:
             raise TypeError("bool targets are multi-hot: pass multi_hot=True or sigmoid=True, or class indices as integers")
-        target = _as_labels(target, num_classes)
-        axis = target.dim() - 1
+        target, axis = _as_labels(target, num_classes, axis)
+        if values and not multi_hot: check_soft_rows(target, axis)
     s = check_smoothing(s, target.shape[axis], values=values)
     if index is None: check_needs_no_index(s)
     return s.to(target, target.dtype).dense(target, axis, index)
 
-def _as_labels(target, num_classes):
-    "Dense labels as floating point, with their last axis checked."
-    if target.dim() == 0: raise ValueError("target needs a last axis of classes, got a scalar")
-    if num_classes not in (None, target.shape[-1]):
-        raise ValueError(f"num_classes is {num_classes}, but the last axis of target has {target.shape[-1]} (shape {tuple(target.shape)})")
-    return target if target.is_floating_point() else target.to(torch.get_default_dtype())
+def _as_labels(target, num_classes, axis):
+    "Dense labels as floating point, and the axis of their classes, of which there are `num_classes` if that is given."
+    if target.dim() == 0: raise ValueError("target needs an axis of classes, got a scalar")
+    axis = label_axis(target.dim(), axis)
+    if num_classes not in (None, 1 if axis is None else target.shape[axis]):
+        raise ValueError(f"num_classes is {num_classes}, but target has {1 if axis is None else target.shape[axis]} "
+                         + ('(one label)' if axis is None else f"along axis {axis}") + f", its shape is {tuple(target.shape)}")
+    return target if target.is_floating_point() else target.to(torch.get_default_dtype()), axis
 
-def _smooth_labels(target, num_classes, eps, prior, spread, multi_hot, values):
-    if multi_hot or spread != 'all': raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
-    target, eps = _as_labels(target, num_classes), check_eps(eps, .5)
+def _smooth_labels(target, num_classes, eps, prior, axis, values):
+    row = target.dim() == 1 and axis is None and num_classes != 1  # (K,), a single row
+    (target, _), eps = _as_labels(target, num_classes, 0 if row else axis), check_eps(eps, .5)
     if prior is not None:
         prior = unwrapped('prior', prior)
-        check_prior(prior, target.shape[-1], sigmoid=True, values=values)
+        check_prior(prior, sigmoid=True, values=values)
+        prior = label_prior(prior, target.shape, axis)
     return sigmoid_q(target, eps, None if prior is None else prior.to(target))
 
 def smooth_cross_entropy(
@@ -134,10 +143,11 @@ def smooth_binary_cross_entropy_with_logits(
     target: Tensor,             # Labels in [0,1] shaped like `input`: bool, integer or floating
     eps: float = .05,           # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps
     *,
-    prior: Tensor = None,       # [K] label frequencies along the last axis, to smooth to instead of 1/2
+    prior: Tensor = None,       # [K] label frequencies, to smooth to instead of 1/2
     weight: Tensor = None,      # As in `F.binary_cross_entropy_with_logits`: broadcasts to `input`
     pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
+    axis: int = None,           # Of the labels that `prior` is of. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) are of one label
     backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
 ) -> Tensor: # In nats: a float32 scalar (float64 for float64 logits), or a value a logit
     """Binary cross entropy of logits against smoothed labels, for multi-label targets. Keras' `label_smoothing` is 2 eps.
@@ -145,16 +155,17 @@ def smooth_binary_cross_entropy_with_logits(
     Equals `F.binary_cross_entropy_with_logits(input, smooth_targets(target, eps=eps, sigmoid=True))`, in float32 for half
     precision and without the smoothed tensor; 0. for an empty batch.
 
-    Raises ValueError for options out of range, and for targets of another shape than `input`; TypeError for what is no
-    tensor of real numbers; ImportError for `backend='triton'` where that is not installed.
+    Raises ValueError for options out of range or of a wrong shape, and for targets of another shape than `input`; TypeError
+    for what is no tensor of real numbers; IndexError for `axis`; ImportError for `backend='triton'` where that is not installed.
 
     Source: Szegedy et al. 2016, arXiv:1512.00567, for each label with its two classes; Keras' `BinaryCrossentropy`."""
-    return binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend)
+    return binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, axis, backend)
 
-# --- what the modules call: `checked` options had their values looked at when the module was built --------------------
+# --- what the modules call --------------------------------------------------------------------------------------------
 
 def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axis, backend, checked=False):
-    "`smooth_cross_entropy` of a `Smoothing`."
+    """`smooth_cross_entropy` of a `Smoothing`, whose eps has been `checked` if it is a module's. Of weight and prior the shapes are looked
+    at alone: their values when a module is built."""
     x, target = logits(input), unwrapped('target', target)
     fused = fused_for(backend, x)
     if weight is not None: weight = unwrapped('weight', weight)
@@ -167,7 +178,8 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     if sharded: check_options(eps=smoothing.eps, prior=smoothing.prior, weight=weight)
     k, traced = x.shape[axis], torch.compiler.is_compiling() if sharded else tracing(x, target)
     if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
-    s = check_smoothing(smoothing, k, weight, values=not (checked or traced or x.device.type != 'cpu'))
+    s, look = check_smoothing(smoothing, k, weight, values=False), not traced and x.device.type == 'cpu'
+    if look and not checked and isinstance(s.eps, Tensor): check_eps(s.eps)
     for name, v in (('eps', s.eps), ('prior', s.prior), ('weight', weight)): check_values(name, v, x)
     s = s.to(x, accumulator(x))
     if weight is not None: weight = weight.to(x.device, accumulator(x))
@@ -175,24 +187,27 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     check_device(x, target)
     if not index:
         check_needs_no_index(s)
+        if look and not s.multi_hot: check_soft_rows(target, axis)
         if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
     if sharded: return sharded_loss(x, Job(target, index, s, axis, weight, ignore_index), reduction)
     job, others = Job(target, index, s, axis, weight, ignore_index), needs_grad(target, weight, s.prior, s.eps)
     if fused and not others and not opaque(x, target) and fused[0].takes(x, job): return fused[0].softmax_loss(x, job, reduction)
     return softmax.softmax_loss(x, looked_up(job, x, traced), reduction, traced or others)
 
-def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, backend, checked=False):
+def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, axis, backend):
+    "`smooth_binary_cross_entropy_with_logits`."
     x, target = logits(input), unwrapped('target', target)
     fused = fused_for(backend, x)
     check_reduction(reduction)
     check_labels(x, target)
     check_device(x, target)
+    if axis is not None:
+        axis = check_whole('axis', axis)
+        label_axis(x.dim(), axis)  # is there one?
     eps, traced = check_eps(eps, .5), tracing(x, target)
     if prior is weight is pos_weight is None: labels = sigmoid.Labels(target, eps)
     else:
-        values = not (checked or traced or x.device.type != 'cpu')
-        check_factors(values, weight=weight, pos_weight=pos_weight)
-        if prior is not None: check_prior(prior, x.shape[-1] if x.dim() else None, sigmoid=True, values=values)
+        if prior is not None: prior = label_prior(unwrapped('prior', prior), x.shape, axis)
         spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
         labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
     others = needs_grad(target, prior, weight, pos_weight)
@@ -235,6 +250,7 @@ def needs_grad(*others) -> bool:
 
 def expanded(name, v, x):
     "`v` broadcast to `x`, without a copy."
+    check_dense(name, v)
     check_values(name, v, x)
     try: return v.to(x.device, accumulator(x)).expand(x.shape)
     except RuntimeError: raise ValueError(f"{name} must broadcast to input's shape {tuple(x.shape)}, got {tuple(v.shape)}") from None

@@ -51,18 +51,10 @@ def sum_up(sums, ticket, a, b, c):
         tl.store(ticket, 0)
     return a, b, c, last
 
-@triton.jit(do_not_specialize=['tail', 'tiles'])
-def scale_kernel(grad, by, tail, tiles, BLOCK: tl.constexpr):
-    "grad *= by, in place; where `by` is 1, as it mostly is, nothing is touched. The last tile has `tail` elements."
-    factor = tl.load(by)
-    if factor != 1:
-        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-            at = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            tl.store(grad + at, (tl.load(grad + at) * factor).to(grad.dtype.element_ty))
-        if tl.program_id(0) == 0:
-            there = tl.arange(0, BLOCK) < tail
-            at = tl.cast(tiles, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            tl.store(grad + at, (tl.load(grad + at, mask=there) * factor).to(grad.dtype.element_ty), mask=there)
+@triton.jit
+def left(tiles, grad_output):
+    "How many of the tiles are left to do, where their gradient has been made for a `grad_output` of 1: none, if it is 1, as it mostly is."
+    return tl.where(tl.load(grad_output) == 1, 0, tiles)
 
 # --- around them ------------------------------------------------------------------------------------------------------
 
@@ -116,16 +108,10 @@ def ticket(device: torch.device) -> Tensor:
 
 def programs(tiles: int) -> int: return max(1, min(tiles, MAX_PROGRAMS))
 
-def scale_(grad: Tensor, by: Tensor):
-    "grad *= by, for a scalar that is 1 as a rule, which the host need not know."
-    block, n = 4096, grad.numel()  # dense, in whatever order
-    with on(grad): scale_kernel[(programs(n // block),)](grad, by, n % block, n // block, BLOCK=block, num_warps=8)
-    return grad
-
 def on(x: Tensor): return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 def early(x: Tensor) -> bool:
-    "Is the gradient to be made in the forward? Not in float16, where it is rounded only after it was scaled."
+    "Is the gradient to be made in the forward, for a `grad_output` of 1? Not in float16, which is scaled by others as a rule."
     return x.dtype != torch.float16 and x.nbytes >= EARLY_MB << 20
 
 def runs_on(x: Tensor) -> bool: return x.is_cuda or INTERPRETED and x.is_cpu

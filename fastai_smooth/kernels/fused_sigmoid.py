@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from . import fused
-from .backward import transforming
+from .backward import plain_grad
 from .formula import accumulator
-from .fused import offsets, sum_up
+from .fused import left, offsets, sum_up
 from .sigmoid import Labels, plain_loss
 
 BLOCK, WARPS = 4096, 8
@@ -56,8 +56,10 @@ def logits_of(i, there, x, y, prior, weight, pos_weight, eps_at, loss, grad, gra
 @triton.jit(do_not_specialize=['scale', 'eps', 'tiles', 'tail'])
 def sigmoid_kernel(x, y, prior, weight, pos_weight, eps_at, loss, grad, grad_output, sums, ticket, scale: tl.float64, eps: tl.float64, tiles, tail,
                    SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, US: tl.constexpr, WS: tl.constexpr, CS: tl.constexpr, GS: tl.constexpr, OS: tl.constexpr,
-                   EACH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    "Loss, gradient or both: what there is a pointer for. `eps_at` is added to `eps`. There are so many whole `tiles`, which need no mask, and a `tail`."
+                   EACH: tl.constexpr, MADE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Loss, gradient or both: what there is a pointer for. `eps_at` is added to `eps`. There are so many whole `tiles`, which need no mask, and a `tail`.
+    MADE: the gradient is there, for a `grad_output` of 1."""
+    if MADE: tiles, tail = left(tiles, grad_output), left(tail, grad_output)
     pid, programs = tl.program_id(0), tl.num_programs(0)
     total = tl.zeros([BLOCK], ACC)
     for tile in range(pid, tiles, programs):
@@ -90,7 +92,8 @@ def takes(x: Tensor, labels: Labels) -> bool:
     if torch.compiler.is_compiling(): return x.dtype in fused.FLOATS and x.dim() <= 3
     return x.dtype in fused.FLOATS and walk_of(x, labels, torch.empty_like(x, device='meta')) is not None
 
-def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: Tensor | None, grad_output: Tensor | None = None, ticket: Tensor | None = None):
+def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: Tensor | None, grad_output: Tensor | None = None, ticket: Tensor | None = None,
+           made: bool = False):
     each = loss.dim() > 0 if loss is not None else grad_output is not None and grad_output.dim() > 0
     like = grad if grad is not None else loss if each and loss is not None else x
     walk = walk_of(x, labels, like, grad_output if each else None)
@@ -103,7 +106,7 @@ def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: T
     eps_at, eps = (labels.eps, 0.) if isinstance(labels.eps, Tensor) else (None, labels.eps)
     with fused.on(x):
         if summed and ticket is None: ticket = fused.ticket(x.device)
-        sigmoid_kernel[(n,)](x, labels.target, labels.prior, labels.weight, labels.pos_weight, eps_at, loss, grad, grad_output, sums, ticket, scale, eps, tiles, tail, SIZES=walk.sizes, EACH=each,
+        sigmoid_kernel[(n,)](x, labels.target, labels.prior, labels.weight, labels.pos_weight, eps_at, loss, grad, grad_output, sums, ticket, scale, eps, tiles, tail, SIZES=walk.sizes, EACH=each, MADE=made,
                              **dict(zip(STRIDES, walk.strides)), BLOCK=BLOCK, ACC=fused.TYPES[accumulator(x)], num_warps=WARPS)
 
 def forward(x: Tensor, labels: Labels, reduction: str, grad: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
@@ -113,10 +116,10 @@ def forward(x: Tensor, labels: Labels, reduction: str, grad: Tensor | None = Non
     launch(x, labels, scale_of(x, reduction), loss, grad, ticket=ticket)
     return loss
 
-def backward(grad_output: Tensor, x: Tensor, labels: Labels, reduction: str) -> Tensor:
-    "The gradient times `grad_output`, rounded once."
-    grad = torch.empty_like(x)
-    launch(x, labels, scale_of(x, reduction), None, grad, grad_output.resolve_neg())
+def backward(grad_output: Tensor, x: Tensor, labels: Labels, reduction: str, made: Tensor | None = None) -> Tensor:
+    "The gradient times `grad_output`, rounded once. `made`, if given, is that for a `grad_output` of 1: where it is another, all is made anew."
+    grad = torch.empty_like(x) if made is None else made
+    launch(x, labels, scale_of(x, reduction), None, grad, grad_output.resolve_neg(), made=made is not None)
     return grad
 
 def scale_of(x, reduction): return 1 / x.numel() if reduction == 'mean' else 1.
@@ -128,19 +131,17 @@ class FusedSigmoidLoss(torch.autograd.Function):
     def forward(ctx, x, labels, reduction):
         ctx.grad = grad = torch.empty_like(x) if x.dtype != torch.float16 and reduction != 'none' else None
         ctx.save_for_backward(x, *labels.tensors())
-        ctx.rest = labels, reduction
+        ctx.rest = labels, reduction, x.stride()
         return forward(x, labels, reduction, grad)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
-        labels, reduction = ctx.rest
-        grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or transforming():
-            with torch.enable_grad(): loss = plain_loss(x, labels, reduction)
-            return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None
-        if grad is not None: return fused.scale_(grad, grad_output.resolve_neg()), None, None
-        return backward(grad_output, x, labels, reduction), None, None
+        labels, reduction, strides = ctx.rest
+        made, ctx.grad = ctx.grad, None
+        if x.stride() != strides: made = None  # a hook has laid it out anew
+        plain = plain_grad(x, grad_output, plain_loss, labels, reduction)
+        return backward(grad_output, x, labels, reduction, made) if plain is None else plain, None, None
 
 def sigmoid_loss(x: Tensor, labels: Labels, reduction: str) -> Tensor:
     "The loss of logits `x`, for labels that the kernel `takes`."

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from . import fused
-from .backward import transforming
+from .backward import plain_grad, transforming
 from .checks import check_indices
 from .formula import Job, accumulator, plain_loss
-from .fused import offsets, sum_up
+from .fused import left, offsets, sum_up
 from .indices import looked_up
 from .targets import Smoothing
 
@@ -171,11 +171,12 @@ def one_over(weight, count):
 def softmax_kernel(x, y, weight, prior, eps_at, loss, grad, grad_output, inverse, stats, sums, ticket,
                    scale: tl.float64, eps: tl.float64, outer, tiles, ignore_index,
                    C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
-                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, PER_CLASS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, PER_CLASS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, MADE: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Loss, gradient or both: what there is a pointer for. `stats` gets what `gradient_kernel` will need of a row. COUNT: the loss is a
     mean over the rows' weights, and `inverse`, one over their sum, comes out of this; else it goes in. `eps_at`: one eps a class
-    (PER_CLASS), or one that is added to `eps`."""
+    (PER_CLASS), or one that is added to `eps`. MADE: the gradient is there, for a `grad_output` of 1."""
+    if MADE: tiles = left(tiles, grad_output)
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     sum_loss, sum_weight, count = tl.full((), 0., ACC), tl.full((), 0., ACC), tl.full((), 0., ACC)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -265,8 +266,10 @@ def put(g, k, values, there, used, C: tl.constexpr, GC: tl.constexpr):
 @triton.jit(do_not_specialize=['scale', 'outer', 'tiles', 'ignore_index'])
 def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scale: tl.float64, outer, tiles, ignore_index,
                     C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
-                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    "The gradient by the `stats` of the forward, where rows are longer than a block: blocks of rows are independent then."
+                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, MADE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """The gradient by the `stats` of the forward, where rows are longer than a block: blocks of rows are independent then. MADE: it
+    is there, for a `grad_output` of 1."""
+    if MADE: tiles = left(tiles, grad_output)
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     n = tl.cast(outer, tl.int64) * (SIZES[0] * SIZES[1])
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -368,7 +371,7 @@ def forward(x: Tensor, job: Job, reduction: str, grad: Tensor | None = None, kee
         if not each and ticket is None: ticket = fused.ticket(x.device)
         if inverse is not None and not count: count_rows(*tensors[:2], inverse, ticket, job.ignore_index, p.options)
         softmax_kernel[(n,)](x, *tensors, eps_at, loss, grad, None, inverse, stats, sums, ticket, scale_of(x, job, reduction), eps,
-                             p.walk.outer, p.tiles, job.ignore_index, **p.options, **more, EACH=each, COUNT=count)
+                             p.walk.outer, p.tiles, job.ignore_index, **p.options, **more, EACH=each, COUNT=count, MADE=False)
     return p.walk.out_of_order(loss, x.shape[:job.axis] + x.shape[job.axis+1:]) if each else loss, inverse, stats
 
 def count_rows(y: Tensor, weight: Tensor | None, inverse: Tensor, ticket: Tensor, ignore_index: int, options: dict):
@@ -377,19 +380,19 @@ def count_rows(y: Tensor, weight: Tensor | None, inverse: Tensor, ticket: Tensor
     count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), ticket, y.numel(), tiles, ignore_index,
                        C=options['C'], BLOCK=4096, ACC=options['ACC'], num_warps=8)
 
-def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None):
-    "The gradient times `grad_output`, rounded once."
-    grad, each = torch.empty_like(x), reduction == 'none'
+def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None, made: Tensor | None = None):
+    "The gradient times `grad_output`, rounded once. `made`, if given, is that for a `grad_output` of 1: where it is another, all is made anew."
+    grad, each = torch.empty_like(x) if made is None else made, reduction == 'none'
     p = plan_for(x, job, grad)
     tensors, eps_at, eps, more = inputs(p, job)
     grad_output = p.walk.in_order(grad_output).contiguous() if each else grad_output
     grad_output = grad_output.resolve_neg()
     scale, tiles = scale_of(x, job, reduction), p.tiles * (1 if stats is None else p.blocks)
-    where = p.walk.outer, tiles, job.ignore_index
+    where, how = (p.walk.outer, tiles, job.ignore_index), dict(p.options, EACH=each, MADE=made is not None)
     with fused.on(x):
         if stats is None: softmax_kernel[(fused.programs(tiles),)](x, *tensors, eps_at, None, grad, grad_output, inverse, None, None, None, scale, eps, *where,
-                                                                   **p.options, **more, EACH=each, COUNT=False)
-        else: gradient_kernel[(fused.programs(tiles),)](x, *tensors, grad, grad_output, inverse, stats, scale, *where, **p.options, EACH=each)
+                                                                   **how, **more, COUNT=False)
+        else: gradient_kernel[(fused.programs(tiles),)](x, *tensors, grad, grad_output, inverse, stats, scale, *where, **how)
     return grad
 
 class FusedSoftmaxLoss(torch.autograd.Function):
@@ -407,13 +410,10 @@ class FusedSoftmaxLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
         job, reduction, inverse, stats, strides = ctx.rest
-        if x.stride() != strides: stats = None  # a hook has laid it out anew: the rows have another order
-        grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or transforming():
-            with torch.enable_grad(): loss = plain_loss(x, looked_up(job, x, transforming()), reduction)
-            return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None
-        if grad is not None: return fused.scale_(grad, grad_output.resolve_neg()), None, None
-        return backward(grad_output, x, job, reduction, inverse, stats), None, None
+        made, ctx.grad = ctx.grad, None
+        if x.stride() != strides: made = stats = None  # a hook has laid it out anew: the rows have another order
+        plain = plain_grad(x, grad_output, lambda x: plain_loss(x, looked_up(job, x, transforming()), reduction))
+        return backward(grad_output, x, job, reduction, inverse, stats, made) if plain is None else plain, None, None
 
 def softmax_loss(x: Tensor, job: Job, reduction: str) -> Tensor:
     "The loss of logits `x`, for a job that the kernel `takes`."

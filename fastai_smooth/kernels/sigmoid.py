@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .backward import early, scaled_grad, transforming
+from .backward import early_grad, plain_grad, scaled_grad, transforming
 from .chunks import WHOLE, chunks, part
 from .formula import accumulator
 from .targets import sigmoid_q, sigmoid_q_of
@@ -116,16 +116,15 @@ class SigmoidLoss(torch.autograd.Function):
     def forward(ctx, x, labels, reduction):
         ctx.save_for_backward(x, *labels.tensors())
         ctx.labels, ctx.reduction, ctx.scale = labels, reduction, 1 / max(1, x.numel()) if reduction == 'mean' else 1
-        ctx.grad = grad = torch.empty_like(x) if early(x) else None
+        ctx.grad = grad = early_grad(x, reduction)
         return loss_and_grad(x, labels, reduction, ctx.scale, grad)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforming():
-            with torch.enable_grad(): loss = plain_loss(x, ctx.labels, ctx.reduction)
-            return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None
         grad, ctx.grad = ctx.grad, None
+        plain = plain_grad(x, grad_output, plain_loss, ctx.labels, ctx.reduction)
+        if plain is not None: return plain, None, None
         return scaled_grad(x, grad, grad_output, ctx.scale, lambda s, out: loss_and_grad(x, ctx.labels, 'sum', s, out)), None, None
 
 def sigmoid_loss(x: Tensor, labels: Labels, reduction: str, plain: bool) -> Tensor:

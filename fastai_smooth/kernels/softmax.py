@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .backward import early, scaled_grad, transforming
+from .backward import early_grad, plain_grad, scaled_grad
 from .chunks import WHOLE, chunks, part
 from .formula import Job, accumulator, masked_terms, plain_loss
 from .targets import along, effective_eps
@@ -255,12 +255,12 @@ def loss_and_grad(x: Tensor, job: Job, reduction: str, denominator, out: Tensor 
 class SoftmaxLoss(torch.autograd.Function):
     """The loss with its gradient by hand, which the forward makes and the first backward hands over.
 
-    A later backward (retain_graph) makes it anew. So does the only one in float16: there it is scaled before it is rounded."""
+    A later backward (retain_graph) makes it anew; so does the first one where the forward left it none (`early_grad`)."""
 
     @staticmethod
     def forward(ctx, x, job, reduction, denominator):
         ctx.save_for_backward(x, *job.tensors())
-        ctx.grad = grad = torch.empty_like(x) if early(x) else None
+        ctx.grad = grad = early_grad(x, reduction)
         loss, terms = loss_and_grad(x, job, reduction, denominator, grad)
         ctx.rest = job, reduction, denominator, terms
         return loss
@@ -270,12 +270,11 @@ class SoftmaxLoss(torch.autograd.Function):
         x, *_ = ctx.saved_tensors
         job, reduction, denominator, terms = ctx.rest
         grad, ctx.grad = ctx.grad, None
-        if torch.is_grad_enabled() or transforming():
-            with torch.enable_grad(): loss = plain_loss(x, job, reduction)
-            return torch.autograd.grad(loss, x, grad_output, create_graph=torch.is_grad_enabled())[0], None, None, None
+        plain = plain_grad(x, grad_output, plain_loss, job, reduction)
+        if plain is not None: return plain, None, None, None
         if grad_output.dim(): grad_output = grad_output.unsqueeze(job.axis)
         def make(scale, out):
-            if early(x): loss_and_grad(x, job, reduction, denominator, out)
+            if x.dtype == accumulator(x): loss_and_grad(x, job, reduction, denominator, out)  # bit by bit as in the forward
             elif terms is not None: softmax_grad(x, terms, scale, out)
             else: loss_rows(x, job, scale, out)
         return scaled_grad(x, grad, grad_output, 1 / denominator, make), None, None, None
