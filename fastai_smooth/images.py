@@ -76,7 +76,7 @@ def _as_rgb(im, source):
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
 
 def open_image(
-    f:str|Path|np.ndarray, # (height,width,3) of uint8, or a file
+    f:str|Path|np.ndarray, # a file, or uint8 pixels shaped like (height,width,3)
     draft:tuple|None=None, # (width,height) that is large enough: a jpeg is then decoded at a fraction of its size, and faster
 ) -> PILImage: # in 8-bit RGB
     """An image as people see it: turned as its EXIF data say, transparent parts on white, 16 bits scaled to 8, of several frames the first.
