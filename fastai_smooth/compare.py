@@ -354,7 +354,7 @@ def check_out(
     "Make the folder `out`; `BadInput` unless files can be written there, or where there is a results.csv that this program did not write."
     with or_bad_input(f"--out {out}: can't write there"):
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out): pass
+        with tempfile.TemporaryFile(dir=out) as f: f.write(bytes(2**18)) # about what the picture takes
         file = out/'results.csv'
         first = file.open(errors='replace').readline() if file.exists() else ''
     if first and not first.startswith(','.join(['eps','seed',*METRICS])):

@@ -534,6 +534,11 @@ def test_a_full_disk_is_one_line_below_the_tables(tmp_path, monkeypatch, capsys,
     assert table(tidy([fake_run(None, eps, seed) for seed in range(3) for eps in (0., .1)])).to_string(index=False) in out[0]
     assert 'nll after T' in out[0] and not list(tmp_path.glob('*.part'))
 
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a device that is always full')
+def test_a_disk_that_is_full_already(tmp_path, monkeypatch, capsys, no_training):
+    monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: open('/dev/full', 'wb'))
+    assert 'No space left' in refused(capsys, *ARCH, '--out', tmp_path)
+
 def test_a_full_disk_leaves_what_was_written_before(tmp_path, monkeypatch, capsys):
     def one_run(data, eps, seed, **kwargs):
         if seed: monkeypatch.setattr(pd.DataFrame, 'to_csv', no_space)
