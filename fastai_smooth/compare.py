@@ -232,17 +232,23 @@ def choose_eps(
         with or_bad_input(f'--eps auto: the pilot failed; try another --lr than {lr:g}, or give eps as a number'), _quiet(learn, progress):
             return learn.eps_find(epochs, fit=fit, show_plot=False)
 
+def _print_found(found, is_cut):
+    "What `eps_find` says, in words of the command"
+    if math.isnan(found.noise): # the pilot has not learnt
+        print(f'eps auto: {found.eps:.3f}, {found.verdict}', flush=True)
+        return
+    print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(found.eps, *found.eps_interval, found.valid_error))
+    low,high = found.noise_interval
+    print('random labels, as far as the pilot tells: ' + (f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'), flush=True)
+    if is_cut: print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
+
 def _with_auto(epss, data, options):
     "`epss` with 'auto' carried out; alone, it is compared with 0"
     print('\nChoosing eps: a pilot with eps 0, on training images, which are the same for all seeds here', flush=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         found = choose_eps(data, **options)
-    print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(found.eps, *found.eps_interval, found.valid_error))
-    low,high = found.noise_interval
-    print('random labels, as far as the pilot tells: ' + (f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'), flush=True)
-    for o in caught:
-        if 'suggestion is cut' in str(o.message): print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
+    _print_found(found, any('suggestion is cut' in str(o.message) for o in caught))
     eps = round(found.eps, 3)
     return list(dict.fromkeys([0., eps] if epss == ['auto'] else [eps if o == 'auto' else o for o in epss]))
 

@@ -125,15 +125,16 @@ def _splits(path, files):
     for o in files:
         if len(o.parts) > 2: inside[o.parts[0]].add(o.parts[1])
     direct = {o.parts[0] for o in files if len(o.parts) == 2}
-    nested = [o for o in inside if o not in direct]
     parts = [o for o in inside if _part(o)]
-    if len({_part(o) for o in parts if o in direct or inside[o]}) > 1 or any(inside[o] for o in parts if o in nested):
-        train,valid,test = ([o for o in nested if _part(o) == name] for name in ('train','valid','test'))
+    full = [o for o in parts if o in direct or inside[o]]
+    # by itself, and with images of its own, `train` may be the vehicle, and `blood test` what it says
+    if len({_part(o) for o in full}) > 1 or any(o not in direct or _PARTS.get(o.casefold()) in ('valid','test') for o in full):
+        train,valid,test = ([o for o in parts if _part(o) == name and (inside[o] or o not in direct)] for name in ('train','valid','test'))
         valid = valid or test
         if len(train) == len(valid) == 1: return train[0],valid[0]
         raise BadInput(f'--data {path}: {", ".join(parts)}: by their names parts of a data set, of which one train and one valid (or test) '
                        'are needed, each with one subfolder a class; or give the folder of one part, which is then split')
-    _check_alike(path, {o:inside[o] for o in nested})
+    _check_alike(path, {o:inside[o] for o in inside if o not in direct})
     def named(pattern): return [o for o in inside if re.search(pattern, o.casefold())]
     images,masks = named('image|img'),named('mask|label|annot|segment')
     if images and masks:

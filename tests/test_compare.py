@@ -393,6 +393,16 @@ def test_auto_says_what_the_pilot_cannot_tell(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'as far as the pilot tells: it does not\n' in out and re.search('^cut to 0.4: .*; try more --epochs$', out, re.M) and 'n_epoch' not in out
 
+def test_auto_of_a_pilot_that_has_not_learnt(monkeypatch, tmp_path, capsys):
+    "The default and why; no nan is shown"
+    nan = math.nan
+    found = EpsSuggestion(.1, (nan, nan), nan, (nan, nan), .67, (.6, .7), 'the default, as the pilot has not learnt')
+    monkeypatch.setattr(cmp, 'choose_eps', lambda *args, **kwargs: found)
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    assert run_main('--eps', 'auto', '--seeds', 1, *ARCH, '--out', tmp_path) == 0
+    out = capsys.readouterr().out
+    assert 'eps auto: 0.100, the default, as the pilot has not learnt\n' in out and 'nan' not in out
+
 def test_auto_with_too_large_batches(photos, tmp_path, capsys, no_training):
     assert run_main('--data', photos, '--eps', 'auto', *ARCH, '--bs', 16, '--epochs', 1, '--out', tmp_path/'o') == 2
     assert re.fullmatch(r'fastai_smooth: --eps auto: .*; give --bs 12 or less\n', capsys.readouterr().err)

@@ -153,8 +153,12 @@ def test_test_is_left_out_where_there_is_valid(tmp_path, capsys):
 @pytest.mark.parametrize('names,words', [
     (('train/cat', 'train/dog'), 'train'), (('train/cat', 'train/dog', 'holdout/cat'), 'train'), (('valid/cat', 'valid/dog'), 'valid'),
     (('train/cat', 'train/dog', 'training/cat', 'test/cat'), 'train, training'), (('train/cat', 'val/cat', 'valid/cat'), 'val, valid'),
-    (('train', 'test'), 'train'), (('Train', 'valid'), 'Train'), (('cat', 'dog', 'test/cat'), 'test'), (('train/cat', 'train/dog', 'test'), 'test')])
+    (('train', 'test'), 'train'), (('Train', 'valid'), 'Train'), (('cat', 'dog', 'test/cat'), 'test'), (('cat', 'dog', 'Test'), 'Test'), (('train/cat', 'train/dog', 'test'), 'test')])
 def test_parts_that_do_not_go_together_are_named(tmp_path, names, words): refused(folders(tmp_path, *names), words, 'one train and one valid')
+
+def test_an_image_beside_the_classes_of_a_part_is_named(tmp_path):
+    save(folders(tmp_path, 'train/cat', 'train/dog', 'valid/cat', 'valid/dog')/'train'/'stray.png')
+    refused(tmp_path, str(Path('train', 'stray.png')), 'in no class')
 
 @pytest.mark.parametrize('names,words', [
     (('A/cat', 'A/dog', 'B/cat', 'B/dog'), 'A, B'), (('A/cat', 'A/dog', 'B/dog', 'other'), 'A, B'), (('cat/day', 'cat/night', 'dog/day'), 'cat, dog')])
@@ -164,7 +168,7 @@ def test_subfolders_of_the_same_names_are_no_classes(tmp_path, names, words): re
 def test_images_and_masks_are_no_classes(tmp_path, names): refused(folders(tmp_path, *names), *names, 'masks')
 
 @pytest.mark.parametrize('names,classes', [
-    (('bus', 'car', 'train'), ['bus', 'car', 'train']), (('cat/siamese', 'dog/poodle', 'dog'), ['cat', 'dog']), (('images', 'drawings'), ['drawings', 'images'])])
+    (('bus', 'car', 'train'), ['bus', 'car', 'train']), (('blood test', 'x-ray'), ['blood test', 'x-ray']), (('cat/siamese', 'dog/poodle', 'dog'), ['cat', 'dog']), (('images', 'drawings'), ['drawings', 'images'])])
 def test_classes_that_look_like_parts(tmp_path, names, classes):
     "The vehicle, breeds of cats and dogs, kinds of pictures"
     assert image_folder(folders(tmp_path, *names)).vocab == classes
@@ -236,9 +240,11 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(folders(tmp_path, 'a', 'b')/'b'/'x.png')
     refused(tmp_path, str(Path('b', 'x.png')))
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read anything')
-def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     folders(tmp_path, 'a', 'b')
-    (tmp_path/'b').chmod(0)
-    try: refused(tmp_path, str(tmp_path/'b'))
-    finally: (tmp_path/'b').chmod(0o700)
+    scandir = os.scandir
+    def denied(folder):
+        if Path(folder).name == 'b': raise PermissionError(13, 'Permission denied', str(folder))
+        return scandir(folder)
+    monkeypatch.setattr(os, 'scandir', denied)
+    refused(tmp_path, str(tmp_path/'b'), 'Permission denied')
