@@ -175,9 +175,9 @@ def test_classes_that_look_like_parts(tmp_path, names, classes):
 
 def test_classes_without_images_are_named(tmp_path, capsys):
     folders(tmp_path/'a', 'cat', 'dog')
-    (tmp_path/'a'/'bird').mkdir()
+    for o in 'bird', 'test', 'train': (tmp_path/'a'/o).mkdir()
     (tmp_path/'a'/'bird'/'1.npy').write_text('')
-    assert image_folder(tmp_path/'a').vocab == ['cat', 'dog'] and 'No images in bird\n' in capsys.readouterr().out
+    assert image_folder(tmp_path/'a').vocab == ['cat', 'dog'] and 'No images in bird, test, train\n' in capsys.readouterr().out
     folders(tmp_path/'b', 'train/cat', 'train/dog', 'valid/cat')
     (tmp_path/'b'/'valid'/'dog').mkdir()
     assert image_folder(tmp_path/'b').vocab == ['cat', 'dog'] and f"No images in {Path('valid', 'dog')}\n" in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_hidden_folders_are_no_classes(tmp_path): assert image_folder(folders(tm
 
 @links
 def test_a_link_that_leads_back_is_not_followed(tmp_path):
-    folders(tmp_path/'photos', 'cat', 'dog', n=20)
+    folders(tmp_path, 'photos/cat', 'photos/dog', 'beside', n=20)
     (tmp_path/'photos'/'cat'/'loop').symlink_to('..')
     (tmp_path/'photos'/'dog'/'up').symlink_to('../..')
     (tmp_path/'photos'/'dog'/'self').symlink_to('.')
