@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['METRICS', 'CALIBRATION', 'SIZES', 'COMMANDS', 'measures', 'score', 'archs', 'find_arch', 'get_learner', 'one_run',
            'tidy', 'summarise', 'table', 'calibration_table', 'plot_reliability', 'choose_eps', 'compare_parser',
-           'load_images', 'check_training', 'check_out', 'report', 'write_results', 'compare', 'main']
+           'load_images', 'check_training', 'check_out', 'new_results', 'write_results', 'print_report', 'report',
+           'compare', 'main']
 
 # %% ../nbs/11_compare.ipynb #cfa93162
-import argparse, sys, tempfile, warnings
+import argparse, itertools, sys, tempfile, warnings
+from contextlib import suppress
 from difflib import get_close_matches
 with warnings.catch_warnings(): # of fastai's own use of torch.jit.script: a command's stderr is for its user
     warnings.simplefilter('ignore', FutureWarning)
     from fastai.vision.all import *
 import torchvision
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from .bench import OneLineParser,bench
@@ -152,13 +155,14 @@ def table(
 def calibration_table(
     runs:list, # dicts from `one_run`
 ) -> pd.DataFrame: # of text
-    """One row an eps, to be read by people: `CALIBRATION` of all seeds in one pool with 95% intervals, ECE by luck alone (mean), and the
-    mean temperature. Raises what `null_floor` raises."""
+    """One row an eps, to be read by people: `CALIBRATION` of all seeds in one pool with 95% intervals, the ECE of a perfectly calibrated
+    model (mean), and the median temperature. Raises what `null_floor` raises."""
     def row(pool):
         res = {name:'{:.4f} [{:.4f}, {:.4f}]'.format(*o) for name,o in measures(pool).items()}
         probs,targs,images = (torch.cat([r[o] for r in pool]) for o in ('probs','targs','images'))
-        res['ece by luck'] = f'{null_floor(calibration_error, probs, targs, n_draws=200, groups=images)[0]:.4f}'
-        return {**{k.replace('_t', ' T').replace('_', ' '):v for k,v in res.items()}, 'T': f'{np.mean([r["temperature"] for r in pool]):.2f}'}
+        res['ece if perfectly calibrated'] = f'{null_floor(calibration_error, probs, targs, n_draws=200, groups=images)[0]:.4f}'
+        T = np.median([r['temperature'] for r in pool])
+        return {**{k.replace('_t', ' T').replace('_', ' '):v for k,v in res.items()}, 'T': f'{T:.2f}'}
     epss = list(dict.fromkeys(r['eps'] for r in runs))
     return pd.DataFrame([dict(eps=eps, **row([r for r in runs if r['eps'] == eps])) for eps in epss])
 
@@ -166,12 +170,12 @@ def calibration_table(
 def _panel(top, low, runs, key, n_bins):
     "One curve an eps with its interval, seeds pooled; below, the share of images in each bin"
     top.plot([0,1], [0,1], '--', color='grey', lw=1, label='confidence = accuracy')
-    for x,y,word in ((.02,.96,'underconfident'), (.98,.02,'overconfident')):
-        top.text(x, y, word, color='grey', ha='left' if x < .5 else 'right')
-    epss = list(dict.fromkeys(r['eps'] for r in runs))
-    for i,eps in enumerate(epss):
+    for x,y,word,color in ((.02,.96,'underconfident','C0'), (.98,.02,'overconfident','C1')):
+        top.text(x, y, word, color=color, ha='left' if x < .5 else 'right')
+    epss = sorted({r['eps'] for r in runs})
+    for i,(eps,color) in enumerate(zip(epss, colormaps['viridis'](np.linspace(0, .85, len(epss))))):
         probs,targs = (torch.cat([r[o] for r in runs if r['eps'] == eps]) for o in (key, 'targs'))
-        bins,color = reliability(probs, targs, n_bins, min_n=20),f'C{i%10}'
+        bins = reliability(probs, targs, n_bins, min_n=20)
         top.plot(bins.confidence, bins.accuracy, color=color, label=f'eps {eps:g}')
         top.fill_between(bins.confidence, bins.low, bins.high, color=color, alpha=.15, lw=0)
         top.scatter(bins.confidence, bins.accuracy, s=15 + 250*bins.n/max(1, bins.n.sum()), color=color, alpha=.7, linewidths=0)
@@ -228,17 +232,23 @@ def choose_eps(
         with or_bad_input(f'--eps auto: the pilot failed; try another --lr than {lr:g}, or give eps as a number'), _quiet(learn, progress):
             return learn.eps_find(epochs, fit=fit, show_plot=False)
 
-def _with_auto(epss, data, options):
-    "`epss` with 'auto' carried out; alone, it is compared with 0"
-    print('\nChoosing eps: a pilot with eps 0, on training images', flush=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always', UserWarning)
-        found = choose_eps(data, **options)
+def _print_found(found, is_cut):
+    "What `eps_find` says, in words of the command"
+    if math.isnan(found.noise): # the pilot has not learnt
+        print(f'eps auto: {found.eps:.3f}, {found.verdict}', flush=True)
+        return
     print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(found.eps, *found.eps_interval, found.valid_error))
     low,high = found.noise_interval
     print('random labels, as far as the pilot tells: ' + (f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'), flush=True)
-    for o in caught:
-        if 'suggestion is cut' in str(o.message): print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
+    if is_cut: print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
+
+def _with_auto(epss, data, options):
+    "`epss` with 'auto' carried out; alone, it is compared with 0"
+    print('\nChoosing eps: a pilot with eps 0, on training images, which are the same for all seeds here', flush=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        found = choose_eps(data, **options)
+    _print_found(found, any('suggestion is cut' in str(o.message) for o in caught))
     eps = round(found.eps, 3)
     return list(dict.fromkeys([0., eps] if epss == ['auto'] else [eps if o == 'auto' else o for o in epss]))
 
@@ -277,11 +287,12 @@ examples:
   fastai_smooth --noise 0.2 --eps auto                    one eps, chosen by a short training
   fastai_smooth --data photos --pretrained --epochs 3     your own images, from ImageNet weights
 
-exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)''')
+exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)
+2 is also an --out that can't be written to in the end; the tables are printed before.''')
     def add(*args, **kwargs): p.add_argument(*args, **kwargs)
     g = p.add_argument_group('images').add_argument
     g('--data', default='digits', help="digits (scikit-learn's, nothing to download), fashion, or a folder with one "
-      'subfolder a class, or with train and valid, each with one subfolder a class (default: digits)')
+      'subfolder a class, or with train and valid (or test), each with one subfolder a class (default: digits)')
     g('--root', metavar='DIR', help='with --data fashion: where FashionMNIST is')
     g('--download', action='store_true', help='with --data fashion: download it to --root if it is not there')
     g('--size', type=_count, metavar='PX', help='side to resize images to (default: digits 24, fashion 32, else 128)')
@@ -290,7 +301,7 @@ exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)''')
     g('--workers', type=_procs, default=0, metavar='N', help='processes that load images (default: 0)')
     g = p.add_argument_group('training').add_argument
     g('--eps', type=_eps, nargs='+', default=[0., .1], help="smoothing to compare; keep 0 among them. 'auto': "
-      'what eps_find suggests (default: 0 0.1)')
+      'what eps_find suggests from training images, which are then the same for all seeds (default: 0 0.1)')
     g('--seeds', type=_count, default=3, metavar='N', help='runs for each eps (default: 3)')
     g('--epochs', type=_count, default=4, metavar='N', help='epochs a run, and one more if --pretrained (default: 4)')
     g('--arch', default='resnet18', help='a torchvision model or fastai xresnet (default: resnet18)')
@@ -298,7 +309,7 @@ exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)''')
     g('--lr', type=_lr, default=3e-3, help='peak learning rate (default: 0.003)')
     g('--bs', type=_count, default=64, metavar='N', help='batch size (default: 64)')
     add('--out', type=Path, default=Path('fastai_smooth_out'), metavar='DIR',
-        help='where results.csv and reliability.png go (default: fastai_smooth_out)')
+        help='where results.csv and reliability.png go, or results-2.csv and so on beside earlier ones (default: fastai_smooth_out)')
     return p
 
 # %% ../nbs/11_compare.ipynb #6ca90da1
@@ -310,6 +321,8 @@ def load_images(
         for o in ('root', 'download'):
             if getattr(args, o): raise BadInput(f'--{o}: goes with --data fashion, not with --data {args.data}')
     elif not args.root: raise BadInput('--data fashion: needs --root DIR, where it is, or goes with --download')
+    if args.data in SIZES and Path(args.data).is_dir():
+        print(f'--data {args.data}: not the folder of that name here; for that give ./{args.data}', flush=True)
     if args.data == 'fashion': return fashion(args.root, args.download)
     if args.data == 'digits': return digits()
     with or_bad_input(f'--out {str(args.out)[:200]}: no such folder'): out = args.out.resolve()
@@ -344,40 +357,99 @@ def check_training(
 def check_out(
     out:Path, # where results go
 ):
-    "Make the folder `out`; `BadInput` unless files can be written there."
-    try:
+    "Make the folder `out`; `BadInput` unless files can be written there, or where there is a results.csv that this program did not write."
+    with or_bad_input(f"--out {out}: can't write there"):
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out): pass
-        for f in (out/'results.csv', out/'reliability.png'):
-            if f.exists(): f.open('a').close() # an old one that can't be written again, or a folder
-    except (OSError,ValueError) as e: raise BadInput(f'--out {out}: can\'t write there ({getattr(e, "strerror", e)})') from e
+        with tempfile.TemporaryFile(dir=out) as f: f.write(bytes(2**18)) # about what the picture takes
+        file = out/'results.csv'
+        first = file.open(errors='replace').readline() if file.exists() else ''
+    if first and not first.startswith(','.join(['eps','seed',*METRICS])):
+        raise BadInput(f'--out {out}: holds a results.csv that this program did not write; give another folder')
 
 # %% ../nbs/11_compare.ipynb #9a19ec36
-def report(
-    runs:list, # dicts from `one_run`
-    args:argparse.Namespace, # what `compare_parser` gives
-):
-    "Print the tables; write results.csv and reliability.png. Raises what `calibration_table` raises."
-    write_results(runs, args.out)
-    plot_reliability(runs).savefig(args.out/'reliability.png', dpi=150)
-    print(f'\n{table(tidy(runs)).to_string(index=False)}\n')
-    print(f'{calibration_table(runs).to_string(index=False)}\n')
-    print('Mean ± standard deviation over seeds. nll: on hard labels, lower is better.')
-    print('confidence gap: mean confidence minus accuracy; above 0 is overconfident, below 0 underconfident.')
-    print('vs 0: change from the run with the same seed at eps 0.' if 0 in args.eps
-          else 'Add 0 to --eps to see the change from no smoothing.')
-    print('Second table: all seeds in one pool, with 95% intervals. ece by luck: of a model that is right about itself.')
-    print('nll after T: logits divided by a temperature, cross-fitted; T below 1: the model was too modest.')
-    print(f'In {args.out}: results.csv, reliability.png')
+def _picture(file): return file.with_name(file.stem.replace('results', 'reliability') + '.png')
+
+def new_results(
+    out:Path, # where results go; it is made if need be
+) -> Path: # in `out`: results.csv, or the first of results-2.csv, results-3.csv, ... that is free, as is the name of its picture
+    "Make an empty file for results. Raises an OSError where that can't be."
+    out.mkdir(parents=True, exist_ok=True)
+    for i in itertools.count(1):
+        file = out/('results.csv' if i == 1 else f'results-{i}.csv')
+        if _picture(file).exists(): continue
+        with suppress(FileExistsError):
+            file.touch(exist_ok=False)
+            return file
+
+@contextmanager
+def _complete(file):
+    "Where to write what becomes `file` when all of it is written; its folder may have been removed"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + '.part')
+    try:
+        yield part
+        part.replace(file)
+    finally: part.unlink(missing_ok=True)
 
 def write_results(
     runs:list, # dicts from `one_run`
-    out:Path, # an existing folder
+    file:Path, # what `new_results` gives
 ):
-    "Write results.csv to `out`."
-    tidy(runs).to_csv(out/'results.csv', index=False)
+    "Write `tidy(runs)`. Raises an OSError where that can't be, and leaves `file` as it was."
+    with _complete(file) as part: tidy(runs).to_csv(part, index=False)
+
+# %% ../nbs/11_compare.ipynb #cmprep01
+def print_report(
+    runs:list, # dicts from `one_run`
+    has_0:bool, # is eps 0 among them?
+):
+    "Print the tables, and how to read them. Raises what `calibration_table` raises."
+    print(f'\n{table(tidy(runs)).to_string(index=False)}\n', flush=True)
+    print(f'{calibration_table(runs).to_string(index=False)}\n')
+    print('Mean ± standard deviation over seeds. nll: on hard labels, lower is better.')
+    print('confidence gap: mean confidence minus accuracy; above 0 is overconfident, below 0 underconfident.')
+    print('vs 0: change from the run with the same seed at eps 0.' if has_0 else 'Add 0 to --eps to see the change from no smoothing.')
+    print('Second table: all seeds in one pool, with 95% intervals. T: median over seeds; below 1, the model was too modest.')
+    print('ece if perfectly calibrated: what chance alone gives a model with these confidences, on as many images.')
+    print('nll after T: logits divided by a temperature, cross-fitted.', flush=True)
+
+def report(
+    runs:list, # dicts from `one_run`
+    args:argparse.Namespace, # what `compare_parser` gives
+    file:Path=None, # what `new_results` gave (None: ask it)
+):
+    """Print the tables, then write results and their picture, whatever came of printing. `BadInput` where they can't be written. Else raises
+    what `calibration_table` raises."""
+    try: print_report(runs, 0 in args.eps)
+    finally:
+        fig = plot_reliability(runs)
+        try:
+            file = file or new_results(args.out)
+            write_results(runs, file)
+            with _complete(_picture(file)) as part: fig.savefig(part, dpi=150, format='png')
+        except OSError as e: raise BadInput(f"--out {args.out}: can't write there ({e})") from e
+    print(f'In {args.out}: {file.name}, {_picture(file).name}')
 
 # %% ../nbs/11_compare.ipynb #942c9936
+def _run_all(todo, data, options, args):
+    "Train, and report what is finished, however it ended; gives the exit code"
+    runs,file = [],None
+    try:
+        for i,(eps,seed) in enumerate(todo):
+            print(f'\nRun {i+1} of {len(todo)}: eps {eps:g}, seed {seed}', flush=True)
+            runs.append(one_run(data, eps, seed, **options))
+            print('accuracy {accuracy:.4f}, nll {nll:.4f}'.format(**runs[-1]), flush=True)
+            try:
+                file = file or new_results(args.out)
+                write_results(runs, file)
+            except OSError as e: print(f"can't write results now, but once more in the end ({e})", flush=True)
+    except KeyboardInterrupt:
+        print(f'\nfastai_smooth: interrupted, {len(runs)} of {len(todo)} runs are finished', file=sys.stderr)
+        return 130
+    finally:
+        if runs: report(runs, args, file)
+    return 0
+
 def compare(
     argv:list, # command line after `compare`
 ) -> int: # exit code
@@ -389,22 +461,13 @@ def compare(
     if args.data == 'digits': torch.set_num_threads(1)
     check_training(data, **options)
     check_out(args.out)
+    auto = 'auto' in args.eps
+    # one split for all seeds: the pilot must not see what is scored
+    if auto: data = ImageSet(data.images, data.classes, data.vocab, data.validation(0))
     n_valid = data.validation(0).sum()
     print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
-    if 'auto' in args.eps: args.eps = _with_auto(args.eps, data, options)
-    todo,runs = [(eps,seed) for seed in range(args.seeds) for eps in args.eps],[]
-    try:
-        for i,(eps,seed) in enumerate(todo):
-            print(f'\nRun {i+1} of {len(todo)}: eps {eps:g}, seed {seed}', flush=True)
-            runs.append(one_run(data, eps, seed, **options))
-            print('accuracy {accuracy:.4f}, nll {nll:.4f}'.format(**runs[-1]), flush=True)
-            write_results(runs, args.out)
-    except KeyboardInterrupt:
-        if runs: report(runs, args)
-        print(f'\nfastai_smooth: interrupted, {len(runs)} of {len(todo)} runs are finished', file=sys.stderr)
-        return 130
-    report(runs, args)
-    return 0
+    if auto: args.eps = _with_auto(args.eps, data, options)
+    return _run_all([(eps,seed) for seed in range(args.seeds) for eps in args.eps], data, options, args)
 
 # %% ../nbs/11_compare.ipynb #8128c4eb
 COMMANDS = dict(compare=compare, bench=bench)

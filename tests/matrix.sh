@@ -13,9 +13,8 @@ export MPLBACKEND=Agg OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PIP_DISABLE_PIP_VERS
 unset PYTHONPATH PYTEST_ADDOPTS # the line stands for the whole suite
 
 promised() { grep -oE 'Python :: 3\.[0-9]+' pyproject.toml | sed 's/.*:: /python/'; }
-# Of all that is required or is in [dev], but nbdev, which needs a newer fastcore than the oldest fastai takes. And fastai's
-# own Learner.export needs plum-dispatch < 2.10: fasttransform says so, but only in versions that need that fastcore, too
-lower_bounds() { grep -oE '"[a-z-]+>=[0-9.]+"' pyproject.toml | grep -vE 'nbdev|setuptools' | tr -d '"' | sed 's/>=/==/'; echo 'plum-dispatch<2.10'; }
+# Of all that is required or is in [dev], but nbdev, whose versions write the modules in different ways
+lower_bounds() { grep -oE '"[a-z-]+>=[0-9.]+"' pyproject.toml | grep -vE 'nbdev|setuptools' | tr -d '"' | sed 's/>=/==/'; }
 
 new_venv() { # LEG PYTHON: its python is $python from here on
     "$2" -m venv "$venvs/$1"

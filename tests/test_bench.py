@@ -128,6 +128,21 @@ def test_ratio_is_paired():
     assert B.quartiles([1, 2, 3, 4, 5]) == (3, 2, 4)
 
 
+def row(name, *vs): return dict(case='8x10 float32', name=name, ms=[1., 1., 1.], vs_ours=vs, vs='ours', memory=1.)
+
+
+@pytest.mark.parametrize('vs,said', [((.2, .66, 53.), 'noisy'), ((1., .5, 1.501), 'noisy'), ((1., .5, 1.5), '1.00'), ((3., 3., 3.), '3.00'), ((1., .2, 5.), 'noisy')])
+def test_a_ratio_that_is_too_noisy_is_not_told(vs, said, tmp_path):
+    "quartiles more than three times apart, as on a busy machine: in both tables, and in what README shows"
+    ours = row('ours', 1., 1., 1.)
+    for text in (B.table([ours, row('torch', *vs)]), B.step_table([ours, row('torch', *vs)])):
+        line = next(o for o in text.splitlines() if o.startswith('torch'))
+        assert float(line.split()[2]) == float(said) if said != 'noisy' else line.split()[2] == said
+        assert ('too noisy to tell' in text) == (said == 'noisy')
+    (tmp_path/'b.json').write_text(json.dumps(dict(rows=[ours, row('torch', *vs)])))
+    assert B.summary(tmp_path/'b.json').splitlines()[1].split()[1] == said
+
+
 def test_peak_memory():
     x = torch.randn(256, 1024)
     def f():

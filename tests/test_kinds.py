@@ -59,18 +59,13 @@ def unet(d, **kwargs):
     return unet_learner(d.masks, tiny_arch, pretrained=False, **{'loss_func': CrossEntropyLossFlat(axis=1, ignore_index=VOID), **kwargs})
 
 
-def regularised(learn):
-    "With an RNN's regularisers on; fastai 2.8.1 takes their factors, and forgets them"
-    return learn if learn._grab_cbs(RNNRegularizer) else learn.add_cb(RNNRegularizer(2., 1.))
-
-
 def text_classifier(d, **kwargs):
-    return regularised(text_classifier_learner(d.texts, AWD_LSTM, config=small_clas_config(), pretrained=False, **kwargs))
+    return text_classifier_learner(d.texts, AWD_LSTM, config=small_clas_config(), pretrained=False, **kwargs)
 
 
 def language_model(d, loss_func=None, **kwargs):
     "fastai passes the loss itself: another one is set afterwards"
-    learn = regularised(language_model_learner(d.words, AWD_LSTM, config=small_lm_config(), pretrained=False, **kwargs))
+    learn = language_model_learner(d.words, AWD_LSTM, config=small_lm_config(), pretrained=False, **kwargs)
     if loss_func is not None: learn.loss_func = loss_func
     return learn
 
