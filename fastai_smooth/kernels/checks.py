@@ -179,7 +179,7 @@ def check_soft_rows(target: Tensor, axis: int):
     total = target.detach().sum(axis, dtype=torch.float64 if target.dtype == torch.float64 else torch.float32)
     if not total.numel(): return
     low, high = total.aminmax()
-    if low >= .95 and high <= 1.05: return
+    if low.item() >= .95 and high.item() <= 1.05: return
     bad = ~((total >= .95) & (total <= 1.05))  # nan, too
     where = bad.nonzero()[0].tolist()
     row = where[0] if len(where) == 1 else tuple(where)
