@@ -102,7 +102,7 @@ def test_gradcheck_and_gradgradcheck_of_images(shape, axis):
     y = torch.randint(0, x.shape[axis], rows)
     y.view(-1)[0] = -100
     for f in (lambda x: smooth_cross_entropy(x, y, axis=axis, reduction='none'),
-              lambda x: smooth_cross_entropy(x, torch.ones(shape) / 3, axis=axis),
+              lambda x: smooth_cross_entropy(x, torch.ones(shape) / shape[axis], axis=axis),
               lambda x: smooth_bce(x, torch.ones(shape))):
         assert torch.autograd.gradcheck(f, x) and torch.autograd.gradgradcheck(f, x)
 
@@ -325,7 +325,7 @@ def big_case(kind, option='index', dtype=torch.float32):
     if kind == 'sliced': x = torch.randn(shape[0], 2 * K).to(dtype)[:, ::2]
     y, options = torch.randint(0, K, (shape[0], *shape[2:])), {}
     if 'ignored' in option: y[torch.rand(y.shape) < .3] = -100
-    if option == 'soft': y = torch.rand(shape)
+    if option == 'soft': y = torch.rand(shape).softmax(1)
     if 'multi-hot' in option: y, options = torch.rand(shape) < 2 / K, dict(multi_hot=True)
     if 'others' in option: options['spread'] = 'others'
     if 'weight' in option: options['weight'] = torch.rand(K) + .5

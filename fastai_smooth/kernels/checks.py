@@ -172,14 +172,14 @@ def check_needs_no_index(s: Smoothing):
 OTHER_TARGETS = "multi_hot=True for several classes a row, or smooth_binary_cross_entropy_with_logits (LabelSmoothingBCEWithLogitsFlat)"
 
 def check_soft_rows(target: Tensor, axis: int):
-    """Rows of soft labels sum to 1 along the class `axis`; a ValueError names the first that does not. Reads values, so a GPU is waited for.
+    """Rows of soft labels sum to 1 along the class `axis`; a ValueError names the first that does not. It reads values: on a GPU, it waits.
 
     Labels may have been rounded, to half precision or to two decimals, hence 5%: it is another kind of labels that is to be found,
     such as multi-hot ones."""
     total = target.detach().sum(axis, dtype=torch.float64 if target.dtype == torch.float64 else torch.float32)
     if not total.numel(): return
     low, high = total.aminmax()
-    if low >= .95 and high <= 1.05: return
+    if low.item() >= .95 and high.item() <= 1.05: return
     bad = ~((total >= .95) & (total <= 1.05))  # nan, too
     where = bad.nonzero()[0].tolist()
     row = where[0] if len(where) == 1 else tuple(where)

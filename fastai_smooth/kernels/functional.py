@@ -68,7 +68,8 @@ def smooth_targets(
     if target.is_complex(): raise TypeError(f"target must be of real numbers, got {target.dtype}")
     if axis is not None: axis = check_whole('axis', axis)
     if sigmoid:
-        if multi_hot or spread != 'all': raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
+        if multi_hot or spread != 'all':
+            raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
         return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, axis, values)
     if axis is None: axis = -1
     index, s = None, unwrapped_options(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot))

@@ -57,8 +57,8 @@ def logits_of(i, there, x, y, prior, weight, pos_weight, eps_at, loss, grad, gra
 def sigmoid_kernel(x, y, prior, weight, pos_weight, eps_at, loss, grad, grad_output, sums, ticket, scale: tl.float64, eps: tl.float64, tiles, tail,
                    SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, US: tl.constexpr, WS: tl.constexpr, CS: tl.constexpr, GS: tl.constexpr, OS: tl.constexpr,
                    EACH: tl.constexpr, MADE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Loss, gradient or both: what there is a pointer for. `eps_at` is added to `eps`. There are so many whole `tiles`, which need no mask, and a `tail`.
-    MADE: the gradient is there, for a `grad_output` of 1."""
+    """Loss, gradient or both: what there is a pointer for. `eps_at` is added to `eps`. There are so many whole `tiles`, which need no mask, and
+    a `tail`. MADE: the gradient is there, for a `grad_output` of 1."""
     if MADE: tiles, tail = left(tiles, grad_output), left(tail, grad_output)
     pid, programs = tl.program_id(0), tl.num_programs(0)
     total = tl.zeros([BLOCK], ACC)
@@ -92,8 +92,8 @@ def takes(x: Tensor, labels: Labels) -> bool:
     if torch.compiler.is_compiling(): return x.dtype in fused.FLOATS and x.dim() <= 3
     return x.dtype in fused.FLOATS and walk_of(x, labels, torch.empty_like(x, device='meta')) is not None
 
-def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: Tensor | None, grad_output: Tensor | None = None, ticket: Tensor | None = None,
-           made: bool = False):
+def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: Tensor | None, grad_output: Tensor | None = None,
+           ticket: Tensor | None = None, made: bool = False):
     each = loss.dim() > 0 if loss is not None else grad_output is not None and grad_output.dim() > 0
     like = grad if grad is not None else loss if each and loss is not None else x
     walk = walk_of(x, labels, like, grad_output if each else None)
@@ -106,8 +106,9 @@ def launch(x: Tensor, labels: Labels, scale: float, loss: Tensor | None, grad: T
     eps_at, eps = (labels.eps, 0.) if isinstance(labels.eps, Tensor) else (None, labels.eps)
     with fused.on(x):
         if summed and ticket is None: ticket = fused.ticket(x.device)
-        sigmoid_kernel[(n,)](x, labels.target, labels.prior, labels.weight, labels.pos_weight, eps_at, loss, grad, grad_output, sums, ticket, scale, eps, tiles, tail, SIZES=walk.sizes, EACH=each, MADE=made,
-                             **dict(zip(STRIDES, walk.strides)), BLOCK=BLOCK, ACC=fused.TYPES[accumulator(x)], num_warps=WARPS)
+        sigmoid_kernel[(n,)](x, *(labels.target, labels.prior, labels.weight, labels.pos_weight), eps_at, loss, grad, grad_output, sums, ticket,
+                             scale, eps, tiles, tail, SIZES=walk.sizes, EACH=each, MADE=made, **dict(zip(STRIDES, walk.strides)),
+                             BLOCK=BLOCK, ACC=fused.TYPES[accumulator(x)], num_warps=WARPS)
 
 def forward(x: Tensor, labels: Labels, reduction: str, grad: Tensor | None = None, ticket: Tensor | None = None) -> Tensor:
     "The loss; `grad`, if given, gets its gradient."
@@ -117,7 +118,7 @@ def forward(x: Tensor, labels: Labels, reduction: str, grad: Tensor | None = Non
     return loss
 
 def backward(grad_output: Tensor, x: Tensor, labels: Labels, reduction: str, made: Tensor | None = None) -> Tensor:
-    "The gradient times `grad_output`, rounded once. `made`, if given, is that for a `grad_output` of 1: where it is another, all is made anew."
+    "The gradient times `grad_output`, rounded once. `made`, if given, is that for a `grad_output` of 1, and kept where it is 1."
     grad = torch.empty_like(x) if made is None else made
     launch(x, labels, scale_of(x, reduction), None, grad, grad_output.resolve_neg(), made=made is not None)
     return grad

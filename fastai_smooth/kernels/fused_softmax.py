@@ -171,8 +171,8 @@ def one_over(weight, count):
 def softmax_kernel(x, y, weight, prior, eps_at, loss, grad, grad_output, inverse, stats, sums, ticket,
                    scale: tl.float64, eps: tl.float64, outer, tiles, ignore_index,
                    C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
-                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, PER_CLASS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, MADE: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+                   MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, PER_CLASS: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+                   MADE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Loss, gradient or both: what there is a pointer for. `stats` gets what `gradient_kernel` will need of a row. COUNT: the loss is a
     mean over the rows' weights, and `inverse`, one over their sum, comes out of this; else it goes in. `eps_at`: one eps a class
     (PER_CLASS), or one that is added to `eps`. MADE: the gradient is there, for a `grad_output` of 1."""
@@ -266,7 +266,8 @@ def put(g, k, values, there, used, C: tl.constexpr, GC: tl.constexpr):
 @triton.jit(do_not_specialize=['scale', 'outer', 'tiles', 'ignore_index'])
 def gradient_kernel(x, y, weight, prior, grad, grad_output, inverse, stats, scale: tl.float64, outer, tiles, ignore_index,
                     C: tl.constexpr, SIZES: tl.constexpr, XS: tl.constexpr, YS: tl.constexpr, GS: tl.constexpr, INDEX: tl.constexpr,
-                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, MADE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+                    MULTI_HOT: tl.constexpr, OTHERS: tl.constexpr, EACH: tl.constexpr, MADE: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """The gradient by the `stats` of the forward, where rows are longer than a block: blocks of rows are independent then. MADE: it
     is there, for a `grad_output` of 1."""
     if MADE: tiles = left(tiles, grad_output)
@@ -380,8 +381,9 @@ def count_rows(y: Tensor, weight: Tensor | None, inverse: Tensor, ticket: Tensor
     count_kernel[(n,)](y, weight, inverse, inverse.new_empty(3 * n), ticket, y.numel(), tiles, ignore_index,
                        C=options['C'], BLOCK=4096, ACC=options['ACC'], num_warps=8)
 
-def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None, made: Tensor | None = None):
-    "The gradient times `grad_output`, rounded once. `made`, if given, is that for a `grad_output` of 1: where it is another, all is made anew."
+def backward(grad_output: Tensor, x: Tensor, job: Job, reduction: str, inverse: Tensor | None, stats: Tensor | None,
+             made: Tensor | None = None):
+    "The gradient times `grad_output`, rounded once. `made`, if given, is that for a `grad_output` of 1, and kept where it is 1."
     grad, each = torch.empty_like(x) if made is None else made, reduction == 'none'
     p = plan_for(x, job, grad)
     tensors, eps_at, eps, more = inputs(p, job)

@@ -195,6 +195,7 @@ def softmax_grad(x: Tensor, terms: IndexTerms, scale: float, out: Tensor):
 def index_loss(x: Tensor, job: Job, terms: IndexTerms, scale=None, out: Tensor | None = None):
     "`loss_rows` with t = a * onehot(y) + e * c; where classes are masked, with t made dense."
     loss, axis = values_of_rows(x, job.axis), job.axis
+    if x.numel() <= FEW and x.dtype == loss.dtype: return careful_loss(x, job, terms, scale, out)
     for at, z, p in blocks(x, axis, out):
         cut = lambda v: part(v, at)
         here, s = terms.each(cut), cut(scale)
