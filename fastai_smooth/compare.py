@@ -170,8 +170,8 @@ def _panel(top, low, runs, key, n_bins):
         top.text(x, y, word, color='grey', ha='left' if x < .5 else 'right')
     epss = list(dict.fromkeys(r['eps'] for r in runs))
     for i,eps in enumerate(epss):
-        probs,targs = (torch.cat([r[o] for r in runs if r['eps'] == eps]) for o in (key, 'targs'))
-        bins,color = reliability(probs, targs, n_bins, min_n=20),f'C{i%10}'
+        probs,targs,images = (torch.cat([r[o] for r in runs if r['eps'] == eps]) for o in (key, 'targs', 'images'))
+        bins,color = reliability(probs, targs, n_bins, min_n=20, groups=images),f'C{i%10}'
         top.plot(bins.confidence, bins.accuracy, color=color, label=f'eps {eps:g}')
         top.fill_between(bins.confidence, bins.low, bins.high, color=color, alpha=.15, lw=0)
         top.scatter(bins.confidence, bins.accuracy, s=15 + 250*bins.n/max(1, bins.n.sum()), color=color, alpha=.7, linewidths=0)

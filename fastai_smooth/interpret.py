@@ -29,10 +29,11 @@ def draw_reliability(
     min_n:int=5, # Merge neighbours until a bin has as many rows
     title:str='', # Of the panel
     words:tuple=('underconfident','overconfident'), # What is above the diagonal, and below
+    groups:Tensor=None, # (N,) rows with the same number belong together (None: all are independent)
 ):
     """A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal coloured by its sign, and dots that grow
     with the rows of a bin. Raises what `reliability` raises. Guo et al. 2017 (arXiv:1706.04599)."""
-    bins = reliability(probs, targs, n_bins, min_n=min_n)
+    bins = reliability(probs, targs, n_bins, min_n=min_n, groups=groups)
     ax.fill_between([0,1], [0,1], 0, color=_OVER, alpha=.07, lw=0)
     ax.fill_between([0,1], [0,1], 1, color=_UNDER, alpha=.07, lw=0)
     ax.text(.03, .97, words[0], color=_UNDER, va='top')
@@ -143,7 +144,8 @@ class CalibrationInterpretation(Interpretation):
         figsize:tuple=None, # In inches
         return_fig:bool=False, # Return the figure?
     ) -> plt.Figure: # None unless `return_fig`
-        """Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence.
+        """Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, in which rows of one item
+        count as depending on each other, and how many rows have which confidence.
         Several labels: a row of diagrams each. Raises a ValueError for a label that there is not, and a TypeError or ValueError for
         numbers out of range."""
         check_whole('max_n', max_n, 1), check_whole('n_bins', n_bins, 1)
@@ -159,7 +161,7 @@ class CalibrationInterpretation(Interpretation):
         fig,axs = plt.subplots(2*n, 2, figsize=ifnone(figsize, (8,5.2*n)), height_ratios=[4,1]*n, squeeze=False, layout='constrained')
         for i,(title,p,t) in enumerate(cols):
             top,low = axs[2*(i//2),i%2],axs[2*(i//2)+1,i%2]
-            draw_reliability(top, p, t, n_bins, title=title.format(calibration_error(p, t)), **words)
+            draw_reliability(top, p, t, n_bins, title=title.format(calibration_error(p, t)), groups=self.items, **words)
             _draw_counts(low, p, n_bins)
             if i%2 == 0:
                 top.set_ylabel('share of positives' if self.targs.ndim == self.logits.ndim else 'accuracy')
