@@ -10,8 +10,7 @@ __all__ = ['check_probs', 'events', 'nll', 'brier_score', 'calibration_error', '
 # %% ../nbs/05_calibration.ipynb #c15a06b6
 from fastai.basics import *
 from fastai.metrics import accuracy,accuracy_multi
-from scipy.optimize import brentq
-from scipy.stats import binomtest
+from scipy.stats import norm, t
 from .callback import _unmixed
 from .kernels.checks import check_dense, check_number, check_whole
 from .kernels.functional import tensor_of
@@ -322,6 +321,11 @@ def null_floor(
     return values.mean(0),values.quantile(level, 0)
 
 # %% ../nbs/05_calibration.ipynb #e2ebea47
+def _wilson(share, n, z):
+    "Wilson's interval, `z` standard errors wide, where a `share` of `n` trials succeeded; `n` need not be whole."
+    def low(p): return max(0., p + z*(z/2/n) - z*math.sqrt(p*(1-p)/n + (z/2/n)**2)) / (1 + z*z/n)
+    return low(share),1-low(1-share)
+
 def binomial_interval(
     k:int, # Successes
     n:int, # Trials, 1 or more
@@ -331,52 +335,87 @@ def binomial_interval(
     _check_level(level)
     for name,v in (('k',k),('n',n)): check_number(name, v, 0 if name == 'k' else 1, 2**63)
     if k > n: raise ValueError(f'k must be n={n} at most, got {k}')
-    return tuple(map(float, binomtest(int(k), int(n)).proportion_ci(level, 'wilson')))
+    return _wilson(int(k)/int(n), int(n), norm.ppf((1+level)/2).item())
 
-def _grouped(m, cell, channels, groups, gen, most=2**24):
-    "Sums of the groups, or where they are too many, of groups of groups at random (groups,M,cells,C)."
-    group,n = _numbered(groups, len(cell))
-    g = min(n, 5000, max(200, most // (cell.shape[1]*m.n_cells*channels.shape[-1])))
-    if g < n: group = (torch.randperm(n, generator=gen) % g)[group]
-    return _sums(cell, channels, m.n_cells, group, g)
+def _design_effect(cell, errors, n_cells, group, n_groups):
+    "How many rows count as one (M,cells): 1 where rows are independent, all rows of a group where these are alike. Kish 1965"
+    if n_groups == len(cell): return torch.ones(cell.shape[1], n_cells, dtype=torch.double)
+    together = (_sums(cell, errors[...,None], n_cells, group, n_groups)[...,0]**2).sum(0)
+    return (together / _sums(cell, errors[...,None]**2, n_cells)[0,...,0].clamp(min=1e-300)).clamp(min=1)
 
-def _weighted(groups, weights): return (weights @ groups.reshape(len(groups), -1)).view(len(weights), *groups.shape[1:])
+# %% ../nbs/05_calibration.ipynb #e2ebea48
+def _either_outcome(m, probs, targs, task):
+    "What a row adds on the average to a mean of rows if either of its two likeliest outcomes is true (2,M,1,C)."
+    if task == 'classes': outcomes = probs.topk(min(2, probs.shape[1]), 1)[1].T
+    else: outcomes = torch.zeros_like(targs),torch.ones_like(targs)
+    return torch.stack([m.rows(probs, o, task)[1].mean(0) for o in outcomes])[:,:,None]
 
-def _quantiles(m, groups, average, level, n_boot, gen):
-    "The interval of a mean: what bootstrap samples give; of the share of right ones, Wilson's."
-    if m.of is _right_rows and groups.shape[1] == 1 and groups[...,0].amax() == 1:
-        return binomial_interval(groups[...,1].sum(), groups[...,0].sum(), level)
-    g = len(groups)
-    times = torch.stack([torch.bincount(torch.randint(g, (g,), generator=gen), minlength=g) for _ in range(n_boot)]).double()
-    values = _averaged(m.value(_weighted(groups, times)), average)
-    return tuple(values.quantile(q).item() for q in ((1-level)/2, (1+level)/2))
+def _half_rows(m, cell, channels, either, group, n_groups):
+    """A row of either outcome for each cell (2,M,cells,C), and how many of each are added (M,cells): half a row. Cells narrower than 1/15 share it.
+    Where rows depend on each other, a row is as many as count as one."""
+    sums,regions = _sums(cell, channels, m.n_cells)[0],min(15, m.n_cells)
+    region,part_of = cell*regions // m.n_cells,(torch.arange(m.n_cells)*regions // m.n_cells).expand(cell.shape[1], -1)
+    n,total = _sums(region, channels[...,:2], regions)[0].unbind(-1)
+    if m.calibration:
+        p = (sums[...,1]-sums[...,2]) / sums[...,0].clamp(min=1)
+        either = torch.stack([torch.stack([torch.ones_like(p), torch.full_like(p, y), y-p], -1) for y in (0,1)])
+        mean = (total+.5) / (n+1)
+    else: mean = (total + .5*either[...,1].sum(0)) / (n+1)
+    as_one = _design_effect(region, channels[...,1] - mean.gather(1, region.T).T, regions, group, n_groups)
+    return either*as_one.gather(1, part_of)[...,None],.5*sums[...,0]/n.clamp(min=1).gather(1, part_of)
 
-def _inverted(m, groups, average, level, n_boot, gen):
-    "The interval of a calibration error: those that explain what was seen."
-    sums = groups.sum(0)
-    values = m.value(sums) # of each label: by its own value is a smooth error judged
-    seen = _averaged(values, average).item()
-    if not math.isfinite(seen): return seen,seen
-    def size(field): return _averaged(m.norm_of(field, sums), average)
-    signs = torch.randint(2, (n_boot, len(groups)), generator=gen).double()*2 - 1
-    field = m.field(sums[...,2], sums, values)
-    noise = m.field(_weighted(groups[...,2], signs), sums, values)
-    def end(truth, q):
-        def tail(scale): return size(scale*truth + noise).quantile(q).item() - seen
-        if seen == 0 or tail(0) >= 0: return 0.
-        high = 1.
-        while tail(high) < 0 and high < 2**20: high *= 2
-        return brentq(tail, 0, high, xtol=1e-4) * size(truth).item()
-    wide = torch.where(field < 0, -1, 1) * (field**2 + noise.var(0, correction=0)).sqrt()
-    return min(seen, end(field, (1+level)/2)),max(seen, end(wide, (1-level)/2))
+def _resampled(groups, either, often, weights, rng):
+    "Sums over rows and half rows (M,cells,C), and those of bootstrap samples (n_boot,M,cells,C), in which each group and half row has a random weight."
+    drawn = (weights @ groups.reshape(len(groups), -1)).view(len(weights), *groups.shape[1:])
+    for o in either: drawn += torch.from_numpy(rng.standard_gamma(often.numpy(), (len(weights), *often.shape)))[...,None]*o
+    return groups.sum(0) + often[...,None]*either.sum(0),drawn
 
-def _interval(m, cell, channels, average, level, n_boot, groups, seed):
-    gen = torch.Generator().manual_seed(check_whole('seed', seed))
+# %% ../nbs/05_calibration.ipynb #e2ebea50
+_SCALES = torch.linspace(0, 1, 17, dtype=torch.double)
+
+def _of_mean(m, seen, all_sums, drawn):
+    "Values of a mean, each a sum over labels: that of the rows, and those of bootstrap samples (n_boot,)."
+    return dict(seen=m.value(seen).sum(), drawn=m.value(drawn).sum(-1))
+
+def _of_error(m, seen, all_sums, drawn):
+    """Values of a calibration error, each a sum over labels: that of the rows; with half rows; in bootstrap samples, each gap with the sign that it
+    has (n_boot,); and in samples of models whose gaps are those here times `_SCALES` (scales,n_boot)."""
+    values = m.value(seen) # of each label: by its own value is a smooth error judged
+    def field(o): return m.field(o[...,2]*(seen[...,0].sum(-1, keepdim=True)/o[...,0].sum(-1, keepdim=True)), seen, values)
+    def size(o): return m.norm_of(o, seen).sum(-1)
+    gaps = field(all_sums)
+    luck,large = field(drawn)-gaps,1e6*gaps # so large that luck changes no sign
+    return dict(seen=values.sum(), value=size(gaps), drawn=size(gaps) + size(large+luck) - size(large),
+                scaled=torch.stack([size(s*gaps - luck) for s in _SCALES]))
+
+# %% ../nbs/05_calibration.ipynb #e2ebea51
+def _interval(m, cell, channels, either, level, n_boot, groups, seed):
+    rng = np.random.default_rng(check_whole('seed', seed) % 2**64)
     check_whole('n_boot', n_boot, 1)
-    groups = _grouped(m, cell, channels, groups, gen)
-    n_boot = min(n_boot, max(200, 2**26 // groups[0].numel()))
-    return (_inverted if m.calibration else _quantiles)(m, groups, average, level, n_boot, gen)
+    (group,n),labels,size = _numbered(groups, len(cell)),cell.shape[1],m.n_cells*channels.shape[-1]
+    if getattr(m, 'of', None) is _right_rows and labels == 1 and n == len(cell): return binomial_interval(channels[...,1].sum(), n, level)
+    n_boot,few = min(n_boot, max(200, 2**26 // (labels*size))),min(n, 5000, max(200, 2**24 // (labels*size)))
+    weights,batch = torch.from_numpy(rng.exponential(size=(n_boot,few))),group if few == n else torch.from_numpy(rng.permutation(n) % few)[group]
+    some,res = max(1, 2**24 // (size*max(n_boot, n if n < len(cell) else few))),[] # labels at a time
+    for i in range(0, labels, some):
+        part = cell[:,i:i+some],channels[:,i:i+some]
+        batches = _sums(*part, m.n_cells, batch, few)
+        extra = _half_rows(m, *part, either if m.calibration else either[:,i:i+some], group, n)
+        res.append((_of_error if m.calibration else _of_mean)(m, batches.sum(0), *_resampled(batches, *extra, weights, rng)))
+    return _ends({k:sum(o[k] for o in res)/labels for k in res[0]}, level)
 
+def _ends(draws, level):
+    "The interval, up to where a share of the draws is, and from the smallest of the scaled errors that luck may raise to what was seen"
+    seen,q = draws['seen'].item(),(1+level)/2
+    if not math.isfinite(seen): return seen,seen
+    low,high = (draws['drawn'].quantile(o).item() for o in (1-q, q))
+    if 'scaled' in draws:
+        tops = draws['scaled'].quantile(q, 1).cummax(0)[0]
+        low = np.interp(min(seen, draws['value'].item()), tops, _SCALES*draws['value'], left=0.)
+        high = min(high, 1.)
+    return min(seen, float(low)),max(seen, high)
+
+# %% ../nbs/05_calibration.ipynb #e2ebea52
 def bootstrap_interval(
     measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
     probs:Tensor, # (N,) or (N,K) probabilities
@@ -390,20 +429,47 @@ def bootstrap_interval(
 ) -> tuple: # low, high; a list of them where `average` is None and there are several labels
     """An interval for what `measure` would give on all rows there might be, of which these are a sample.
 
-    Of a mean (NLL, Brier) the bootstrap's quantiles (Efron 1979), too narrow where all of it comes from a handful of rows; of accuracy Wilson's interval. Of a calibration
-    error, the errors that a wild bootstrap (Wu 1986) finds neither too small nor too large for what was seen, over the same bins; it is for the error itself, whether or
-    not the value has `debias`. 'worst' is the interval of the label that is worst in these rows.
+    A Bayesian bootstrap (Rubin 1981) in which each outcome was also seen half a time (Jeffreys 1946), in each bin: so it knows of what has not happened yet. Of NLL, Brier
+    and the accuracy of labels, its quantiles; of the accuracy of classes Wilson's interval. Of a calibration error, over the same bins: up to the quantile of the gaps, each with the
+    sign that was seen; from the smallest share of the gaps with which luck may explain what was seen. It is for the error itself, whether or not the value has `debias`.
+    'worst' is the interval of the label that is worst in these rows.
 
     Raises a TypeError for other measures, options that are not the measure's, and numbers or tensors that are none; a ValueError for bad values and shapes."""
     _check_level(level)
     m = _measure(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
-    cell,channels = m.rows(*check_probs(probs, targs))
+    checked = check_probs(probs, targs)
+    cell,channels = m.rows(*checked)
+    either = None if m.calibration else _either_outcome(m, *checked)
     _averaged(torch.zeros(1), average) # is it known?
-    if average == 'macro': return _interval(m, cell, channels, average, level, n_boot, groups, seed)
-    def of_label(k): return _interval(m, cell[:,[k]], channels[:,[k]], 'macro', level, n_boot, groups, seed)
+    def of_labels(k): return _interval(m, cell[:,k], channels[:,k], either if m.calibration else either[:,k], level, n_boot, groups, seed)
+    if average == 'macro': return of_labels(slice(None))
+    def of_label(k): return of_labels([k])
     if average is None: return [of_label(k) for k in range(cell.shape[1])] if cell.shape[1] > 1 else of_label(0)
     values = m.value(_sums(cell, channels, m.n_cells))[0]
     return of_label((values == m.worst(values, -1)).nonzero()[0].item() if not values.isnan().any() else 0)
+
+# %% ../nbs/05_calibration.ipynb #54dd557b
+def _merged(counts, min_n):
+    "For each bin the number of that which it becomes part of, so that each has `min_n` rows; too few at the end join the bin before"
+    res,number,n = [],0,0
+    for o in counts:
+        res.append(number)
+        n += o
+        if n >= max(1, min_n): number,n = number+1,0
+    return tensor(res).clamp(max=max(0, number-1))
+
+def _trials(cell, y, bins, groups, level):
+    """How many independent rows each bin is worth (bins,): n over the design effect, and by quantiles of t less where it is few groups that
+    have most of the rows. Korn & Graubard 1998."""
+    (group,n_groups),n = _numbered(groups, len(cell)),bins[:,0]
+    if n_groups == len(cell): return n
+    errors = y - ((bins[:,1]+.5)/(n+1))[cell]
+    effect = _design_effect(cell, errors, len(bins), group, n_groups)[0]
+    sizes = _sums(cell, torch.ones_like(y)[...,None], len(bins), group, n_groups)[:,0,:,0]
+    q,as_many = (1+level)/2,n**2/(sizes**2).sum(0) # groups, if they were alike
+    def width(k): return t.ppf(q, max(.1, k-1)) * math.sqrt(k/max(.1, k-1))
+    few = torch.tensor([width(k)/width(g) for k,g in zip(n.tolist(), as_many.tolist())], dtype=torch.double)**2
+    return n/effect*few
 
 # %% ../nbs/05_calibration.ipynb #54dd557a
 def reliability(
@@ -413,24 +479,25 @@ def reliability(
     binning:str='width', # Bins of equal 'width' or 'mass'
     min_n:int=1, # Merge neighbours until a bin has as many rows
     level:float=.95, # Share in (0,1) of samples in which the interval holds the true accuracy
+    groups:Tensor=None, # (N,) rows with the same number belong together, such as the pixels of an image (None: all are independent)
 ) -> pd.DataFrame: # confidence, accuracy, low, high, n; one row a bin that has any
-    """By bin, in order of confidence: mean `confidence`, `accuracy` with an interval from `low` to `high`, and number of rows `n`. DeGroot & Fienberg 1983.
+    """By bin, in order of confidence: mean `confidence`, `accuracy` with Wilson's interval from `low` to `high`, and number of rows `n`. Rows of a
+    group widen the interval by as much as they depend on each other. DeGroot & Fienberg 1983.
 
     Raises what `check_probs` raises, a TypeError for numbers that are none, and a ValueError for options out of range and for several labels."""
     p,y = events(probs, targs)
     if p.shape[1] > 1: raise ValueError(f'probs has {p.shape[1]} labels: give one, probs[:,k] and targs[:,k]')
-    m = _Binned(n_bins, binning)
+    m,group = _Binned(n_bins, binning),_numbered(groups, len(p))[0]
     _check_level(level)
     check_whole('min_n', min_n)
     known = ~p[:,0].isnan() # training diverged
     if not known.any(): return pd.DataFrame(columns=['confidence','accuracy','low','high','n'], dtype=float)
-    sums,rows,left = _sums(*m.cells(p[known], y[known]), n_bins)[0,0],[],torch.zeros(3, dtype=torch.double)
-    for o in sums:
-        left = left + o
-        if left[0] >= max(1, min_n): rows,left = rows + [left],torch.zeros_like(left)
-    if left[0]: rows = [*rows[:-1], rows[-1] + left] if rows else [left] # too few are left over: with the bin before
-    def row(n, right, residual): return ((right-residual)/n, right/n, *binomial_interval(right, n, level), int(n))
-    return pd.DataFrame([row(*o.tolist()) for o in rows], columns=['confidence','accuracy','low','high','n'])
+    cell,channels = m.cells(p[known], y[known])
+    cell = _merged(_sums(cell, channels, n_bins)[0,0,:,0].tolist(), min_n)[cell]
+    bins = _sums(cell, channels, int(cell.max())+1)[0,0]
+    trials = _trials(cell, y[known], bins, group[known], level)
+    def row(n, right, residual, trials): return ((right-residual)/n, right/n, *_wilson(right/n, trials, norm.ppf((1+level)/2).item()), int(n))
+    return pd.DataFrame([row(*o, k) for o,k in zip(bins.tolist(), trials.tolist())], columns=['confidence','accuracy','low','high','n'])
 
 # %% ../nbs/05_calibration.ipynb #c339e3ec
 def _of_indices(loss):

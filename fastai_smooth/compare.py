@@ -174,8 +174,8 @@ def _panel(top, low, runs, key, n_bins):
         top.text(x, y, word, color=color, ha='left' if x < .5 else 'right')
     epss = sorted({r['eps'] for r in runs})
     for i,(eps,color) in enumerate(zip(epss, colormaps['viridis'](np.linspace(0, .85, len(epss))))):
-        probs,targs = (torch.cat([r[o] for r in runs if r['eps'] == eps]) for o in (key, 'targs'))
-        bins = reliability(probs, targs, n_bins, min_n=20)
+        probs,targs,images = (torch.cat([r[o] for r in runs if r['eps'] == eps]) for o in (key, 'targs', 'images'))
+        bins = reliability(probs, targs, n_bins, min_n=20, groups=images)
         top.plot(bins.confidence, bins.accuracy, color=color, label=f'eps {eps:g}')
         top.fill_between(bins.confidence, bins.low, bins.high, color=color, alpha=.15, lw=0)
         top.scatter(bins.confidence, bins.accuracy, s=15 + 250*bins.n/max(1, bins.n.sum()), color=color, alpha=.7, linewidths=0)

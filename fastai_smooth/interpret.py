@@ -30,10 +30,11 @@ def draw_reliability(
     min_n:int=5, # Merge neighbours until a bin has as many rows
     title:str='', # Of the panel
     words:tuple=('underconfident','overconfident'), # What is above the diagonal, and below
+    groups:Tensor=None, # (N,) rows with the same number belong together (None: all are independent)
 ):
     """A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal blue where the model is underconfident and
     orange where it is overconfident, and dots that grow with the rows of a bin. Raises what `reliability` raises. Guo et al. 2017 (arXiv:1706.04599)."""
-    bins = reliability(probs, targs, n_bins, min_n=min_n)
+    bins = reliability(probs, targs, n_bins, min_n=min_n, groups=groups)
     ax.fill_between([0,1], [0,1], 0, color=_OVER, alpha=.07, lw=0)
     ax.fill_between([0,1], [0,1], 1, color=_UNDER, alpha=.07, lw=0)
     ax.text(.03, .97, words[0], color=_UNDER, va='top')
@@ -147,6 +148,7 @@ class CalibrationInterpretation(Interpretation):
         return_fig:bool=False, # Return the figure?
     ) -> plt.Figure: # None unless `return_fig`
         """Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence.
+        Rows of one item count as depending on each other.
         Of labels: the share of positives by the label's probability; two labels side by side. Raises a ValueError for a label that there is
         not, and a TypeError or ValueError for numbers out of range."""
         check_whole('max_n', max_n, 1), check_whole('n_bins', n_bins, 1)
@@ -159,7 +161,7 @@ class CalibrationInterpretation(Interpretation):
         words = dict(words=('too low','too high')) if of_label else {}
         tops,lows = axs[::2].flatten(),axs[1::2].flatten()
         for i,(top,low,(title,p,t)) in enumerate(zip(tops, lows, panels)):
-            draw_reliability(top, p, t, n_bins, title=f'{title}, ECE {calibration_error(p, t):.3f}', **words)
+            draw_reliability(top, p, t, n_bins, title=f'{title}, ECE {calibration_error(p, t):.3f}', groups=self.items, **words)
             _draw_counts(low, p, n_bins, 'probability' if of_label else 'confidence')
             if i%cols == 0:
                 top.set_ylabel('share of positives' if of_label else 'accuracy')

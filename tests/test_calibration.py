@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from scipy.stats import foldnorm
+from scipy.stats import binom, foldnorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from helpers import *
 from fastai.callback.mixup import MixUp
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -521,12 +522,10 @@ def intervals(measure, task, slope, n, draws):
 
 
 COVERAGE = [(nll, 'event', 1.5, 500, 1000), (nll, 'classes', 1.5, 1500, 1000), (brier_score, 'classes', 1.5, 500, 1000),
-            (nll, 'labels', 1.15, 500, 1000), (calibration_error, 'event', 1.5, 500, 1000), (calibration_error, 'classes', 1.5, 500, 1000),
-            (calibration_error, 'classes', 1.15, 500, 1000), (smooth_calibration_error, 'event', 1.5, 1500, 400),
-            (smooth_calibration_error, 'labels', 1.5, 500, 200)]
-# errors that hardly stand out from luck, or are means over many labels: the interval is wider than it need be
-WIDE = [(calibration_error, 'event', 1.15, 500, 1000), (calibration_error, 'labels', 1.5, 500, 1000),
-        (classwise_calibration_error, 'classes', 1.5, 500, 1000)]
+            (nll, 'labels', 1.15, 500, 1000), (smooth_calibration_error, 'event', 1.5, 1500, 400), (smooth_calibration_error, 'labels', 1.5, 500, 200)]
+# of binned errors, most of all those that hardly stand out from luck or are means over many labels, the interval is wider than it need be
+WIDE = [(calibration_error, 'event', 1.5, 500, 1000), (calibration_error, 'classes', 1.5, 500, 1000), (calibration_error, 'classes', 1.15, 500, 1000),
+        (calibration_error, 'event', 1.15, 500, 1000), (calibration_error, 'labels', 1.5, 500, 1000), (classwise_calibration_error, 'classes', 1.5, 500, 1000)]
 
 
 def covered(measure, task, slope, n, draws):
@@ -568,6 +567,57 @@ def test_interval_is_seeded_widens_and_holds_the_value(measure, kw, slope):
         before = low, high
     assert low < high
     assert interval(seed=4, level=.99) != before or low == 0 or measure is accuracy # whose interval has a formula
+
+
+@pytest.mark.parametrize('confidence, accuracy, n', [(.9999, .99, 100), (.999, .98, 100), (.999, .975, 100), (1., .97, 40), (1., .92, 40), (.5, .98, 100)])
+@pytest.mark.parametrize('measure', [nll, brier_score, calibration_error])
+def test_interval_of_one_confidence_holds_the_truth(measure, confidence, accuracy, n):
+    "Exactly: over all numbers of right answers that there may be, each with its probability"
+    p, q = torch.tensor([confidence], dtype=torch.double), accuracy
+    right, wrong = (measure(p, tensor([o])).item() for o in (1, 0))
+    true, held = abs(confidence-q) if measure is calibration_error else q*right + (1-q)*wrong, 0
+    for k in range(n+1):
+        low, high = bootstrap_interval(measure, p.expand(n), (torch.arange(n) < k).long()) if binom.pmf(k, n, q) > 1e-3 else (2, 2)
+        held += binom.pmf(k, n, q)*(low <= true <= high)
+    assert held >= .93
+
+
+@pytest.mark.parametrize('measure', [calibration_error, smooth_calibration_error, classwise_calibration_error])
+def test_interval_knows_of_what_did_not_happen(measure):
+    "40 of 40 certain answers are right, or wrong: Clopper and Pearson's bound is .088"
+    p = torch.ones(40, 1, dtype=torch.double)
+    low, high = bootstrap_interval(measure, p, torch.ones(40, 1, dtype=torch.long))
+    assert low == 0 and .04 < high < .09
+    low, high = bootstrap_interval(measure, p, torch.zeros(40, 1, dtype=torch.long))
+    assert .91 < low < .96 and 1-1e-6 < high <= 1
+
+
+@pytest.mark.parametrize('groups', [None, torch.arange(40)//4])
+def test_accuracy_of_labels_that_are_all_right_may_be_below_1(groups):
+    low, high = bootstrap_interval(accuracy_multi, torch.full((40, 3), .9), torch.ones(40, 3, dtype=torch.long), groups=groups)
+    assert (.95 if groups is None else .8) < low < (.99 if groups is None else .95) and high == 1
+
+
+class Largest(TorchDispatchMode):
+    "Numbers in the largest tensor that an operation gives"
+    most = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if isinstance(res, torch.Tensor): self.most = max(self.most, res.untyped_storage().nbytes()//8)
+        return res
+
+
+def test_interval_of_many_classes_bounds_its_memory():
+    p = torch.randn(60, 8000).softmax(1)
+    with Largest() as largest: low, high = bootstrap_interval(classwise_calibration_error, p, torch.randint(8000, (60,)), n_boot=20)
+    assert 0 <= low < high and largest.most <= 2**24
+
+
+def test_labels_in_parts_have_the_interval_of_all():
+    "600 labels are taken in parts, 40 at once: alike in all, the mean is that of each"
+    p, y = sample(60, 4, 2., labels=True)
+    few, many = (bootstrap_interval(calibration_error, p.repeat(1, k), y.repeat(1, k)) for k in (10, 150))
+    near(few, many, atol=.01)
 
 
 def test_interval_of_each_label():
@@ -744,6 +794,48 @@ def test_binomial_interval_is_wilsons():
     assert binomial_interval(0, 5)[0] == 0 and binomial_interval(5, 5)[1] == 1
     for k, n in (0, 0), (8, 7), (-1, 3):
         with pytest.raises(ValueError): binomial_interval(k, n)
+
+
+def test_band_of_rows_seen_thrice_is_that_of_the_rows():
+    p, y = sample(300, 4)
+    once = reliability(p, y, min_n=20)
+    thrice = reliability(p.repeat(3, 1), y.repeat(3), min_n=60, groups=torch.arange(300).repeat(3))
+    near(thrice[['confidence', 'accuracy']], once[['confidence', 'accuracy']])
+    wider = (thrice.high-thrice.low) / (once.high-once.low)
+    assert (wider >= 1-1e-9).all() and (wider < 1.1).all()
+    near(reliability(p, y, min_n=20, groups=torch.randperm(300)), once, atol=1e-12)
+
+
+def shared_runs(rng):
+    "300 images, as 3 models see them"
+    z = rng.normal(size=(300, 1)) + .1*rng.normal(size=(300, 3)) + 1
+    return sigmoid(z), np.broadcast_to(rng.random((300, 1)) < sigmoid(z.mean(1, keepdims=True)), (300, 3))
+
+
+def pixels(rng):
+    "20 images of 200 pixels, all of which are right or wrong as their image has luck"
+    z = rng.normal(size=(20, 1)) + .7*rng.normal(size=(20, 200)) + 1
+    return sigmoid(z), rng.random((20, 1)) < sigmoid(z)
+
+
+@pytest.mark.parametrize('data, alone', [(shared_runs, .82), (pixels, .35)], ids=lambda o: getattr(o, '__name__', ''))
+def test_band_of_dependent_rows_holds_the_truth(data, alone):
+    "Of calibrated models, in 93% of the bins or more; taken for independent, the rows hold it in fewer than `alone`"
+    rng, held = np.random.default_rng(3), ([], [])
+    for _ in range(100):
+        p, y = data(rng)
+        images = torch.arange(len(p)).repeat_interleave(p.shape[1])
+        for groups, o in zip((images, None), held):
+            df = reliability(torch.tensor(p).flatten(), torch.tensor(y).flatten().long(), min_n=20, groups=groups)
+            o += [*((df.low <= df.confidence) & (df.confidence <= df.high))]
+    grouped, independent = map(np.mean, held)
+    assert grouped >= .93 and independent < alone
+
+
+def test_band_of_one_image_says_nothing_of_others():
+    df = reliability(torch.full((50,), .9), torch.ones(50, dtype=torch.long), groups=torch.zeros(50))
+    near(df[['low', 'high']], [[0, 1]], atol=1e-6)
+    with pytest.raises(ValueError, match='each of the 50 rows'): reliability(torch.full((50,), .9), torch.ones(50, dtype=torch.long), groups=torch.arange(49))
 
 
 @given(cases(), st.sampled_from([1, 4, 10, 16]), st.sampled_from(['width', 'mass']), st.integers(0, 30))

@@ -252,7 +252,10 @@ def test_plot_pools_seeds_into_one_curve_an_eps():
         diagonal,*curves = top.lines
         assert [o.get_label() for o in curves] == ['eps 0', 'eps 0.1']
         assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0,1]
-        bins = reliability(*(torch.cat([r[o] for r in runs if r['eps'] == 0]) for o in (key, 'targs')), min_n=20)
+        bins = reliability(*(torch.cat([r[o] for r in runs if r['eps'] == 0]) for o in (key, 'targs')), min_n=20,
+                           groups=torch.cat([r['images'] for r in runs if r['eps'] == 0]))
+        band = top.collections[0].get_paths()[0].vertices[:,1]
+        assert np.isclose(band[:,None], bins.low.to_numpy()).any(0).all() and np.isclose(band[:,None], bins.high.to_numpy()).any(0).all()
         assert np.allclose(curves[0].get_xdata(), bins.confidence) and np.allclose(curves[0].get_ydata(), bins.accuracy)
         assert sum(o.get_height() for o in low.patches) == pytest.approx(2) # each eps's shares add up to one
 

@@ -519,6 +519,10 @@ def test_pixels_of_an_image_belong_together():
     interp = interpret(learn)
     n = len(interp.dl.dataset)
     assert interp.total > n and interp.items.unique().tolist() == list(range(n))
+    bars = interp.plot_reliability(return_fig=True).axes[0].containers[0].lines[2][0].get_segments()
+    bins = reliability(interp.raw, interp.targs, min_n=5, groups=interp.items)
+    near([o[:, 1] for o in bars], bins[['low', 'high']])
+    assert ((bins.high-bins.low) > 1.2*(reliability(interp.raw, interp.targs, min_n=5).eval('high-low'))).any()
     low, high = interp.summary(n_boot=200).loc[('NLL', 'raw'), ['low', 'high']]
     alone = bootstrap_interval(nll, interp.raw, interp.targs, n_boot=200)
     assert high - low > alone[1] - alone[0]
