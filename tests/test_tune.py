@@ -1,5 +1,5 @@
 "Pilots that leave no trace, and what they say about eps: SPEC section 6."
-import math, warnings
+import math, threading, warnings
 
 import pytest
 from scipy.stats import binomtest
@@ -8,6 +8,7 @@ from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
+from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.tabular.all import tabular_learner
 from fastai.text.all import language_model_learner, text_classifier_learner
@@ -230,6 +231,66 @@ def test_a_sampler_with_a_generator_goes_on_as_if_there_had_been_no_pilot():
     check_leaves_no_trace(lambda: fitted(dls=sampler_dls), in_pilot)
 
 
+class NumpySampler(torch.utils.data.Sampler):
+    "An order of a generator of its own"
+    def __init__(self, n): self.n, self.gen = n, np.random.default_rng(3)
+    def __len__(self): return self.n
+    def __iter__(self): return iter(self.gen.permutation(self.n).tolist())
+
+
+class EpochSampler(NumpySampler):
+    "An order that goes with the epoch, which it counts"
+    epoch = 0
+    def __iter__(self):
+        self.epoch += 1
+        return iter(np.random.default_rng(self.epoch).permutation(self.n).tolist())
+
+
+class RandomDL(DataLoader):
+    "fastai's, with a generator of its own"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gen = np.random.default_rng(3)
+    def get_idxs(self): return self.gen.permutation(self.n).tolist()
+
+
+def first_loader(make):
+    "fitted() whose training batches `make(items)` gives"
+    def f():
+        learn = plain()
+        learn.dls.loaders[0] = make(learn.dls.train.dataset)
+        learn.fit_one_cycle(2)
+        return learn
+    return f
+
+
+def torch_loader(items, **kwargs): return torch.utils.data.DataLoader(items, batch_size=16, **kwargs)
+
+LOADERS = dict(numpy_sampler=lambda o: torch_loader(o, sampler=NumpySampler(len(o))), epoch_sampler=lambda o: torch_loader(o, sampler=EpochSampler(len(o))),
+               batch_sampler=lambda o: torch.utils.data.DataLoader(o, batch_sampler=torch.utils.data.BatchSampler(EpochSampler(len(o)), 16, False)),
+               persistent=lambda o: torch_loader(o, shuffle=True, num_workers=1, persistent_workers=True),
+               fastai_persistent=lambda o: DataLoader(o, bs=16, shuffle=True, num_workers=1, persistent_workers=True),
+               fastai_numpy=lambda o: RandomDL(o, bs=16, num_workers=0))
+
+
+@pytest.mark.parametrize('name', LOADERS)
+def test_a_loader_goes_on_as_if_there_had_been_no_pilot(name):
+    "nor temperature"
+    check_leaves_no_trace(first_loader(LOADERS[name]), in_pilot)
+    check_leaves_no_trace(first_loader(LOADERS[name]), lambda o: raw_preds(o, 0))
+
+
+def test_a_loader_that_cannot_be_copied_is_a_type_error():
+    learn = first_loader(LOADERS['numpy_sampler'])()
+    learn.dls.train.sampler.lock = threading.Lock()
+    before = state(learn)
+    with pytest.raises(TypeError, match='lock.*sampler'):
+        with pilot(learn): pass
+    with pytest.raises(TypeError, match='sampler'): learn.eps_find(3)
+    same_state(state(learn), before)
+    assert learn.fit_temperature() is learn # the other loader has no part in it
+
+
 @pytest.mark.parametrize('ex', [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize('name', ['fitted', 'torch_loaders', 'language_model'])
 def test_no_trace_after_an_exception(name, ex):
@@ -296,6 +357,74 @@ def test_savers_stoppers_and_loggers_are_left_out(tmp_path):
         trial.fit(3)
     assert not list(tmp_path.rglob('*'))
     learn.eps_find(3, show_plot=False)
+    assert not list(tmp_path.rglob('*'))
+
+
+class Locked(Notes):
+    "Has a lock, which no copy can have"
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_callback_that_cannot_be_copied_is_left_out_and_named_once():
+    "it would share its list with the pilot"
+    learn = fitted(cbs=[Locked(), GradientAccumulation(16), OnCPU(amp_mode='bf16')])
+    losses = list(learn.locked.losses)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        with pilot(learn) as trial:
+            assert not hasattr(trial, 'locked') and hasattr(trial, 'gradient_accumulation') and trial.on_cpu is not learn.on_cpu
+            trial.fit(1)
+        learn.eps_find(10, full=True, epss=[.1], show_plot=False)
+        learn.fit_temperature()
+    assert len([o for o in said if 'without the callbacks locked:' in str(o.message)]) == 1
+    assert len(losses) == 32 and learn.locked.losses == losses and learn.locked.learn is learn
+
+
+class Saves(Callback):
+    "Keeps the last epoch, and goes back to it"
+    def after_epoch(self): self.learn.save('ckpt'), self.learn.save(self.where/'far'), self.learn.export('ckpt.pkl')
+    def after_fit(self): self.learn.load('ckpt'); self.learn.load(self.where/'far')
+
+
+def test_what_a_pilot_saves_is_kept_apart(tmp_path):
+    "the user's files stay as they are, and a pilot finds what it saved"
+    learn = plain()
+    learn.path = tmp_path
+    learn.add_cb(Saves()).saves.where = tmp_path
+    learn.fit(1)
+    files = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    assert {p.name for p in files} == {'ckpt.pth', 'far.pth', 'ckpt.pkl'}
+    with pilot(learn) as trial:
+        trial.fit(1)
+        after = weights(trial)
+        with pilot(trial) as inner: inner.fit(1)
+        with torch.no_grad(): params(trial.model)[0].zero_()
+        assert torch.equal(weights(trial.load('ckpt')), after) and not torch.equal(after, weights(learn))
+        with open(tmp_path/'open.pth', 'wb') as f: trial.save(f)
+    learn.eps_find(3, show_plot=False)
+    files[tmp_path/'open.pth'] = b''
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == files
+    assert learn.save('ckpt') == tmp_path/'models/ckpt.pth' and learn.load('ckpt') is learn
+
+
+def test_a_pilot_loads_what_was_saved_before_it(tmp_path):
+    learn = fitted()
+    learn.path = tmp_path
+    learn.save('before')
+    learn.fit(1)
+    with pilot(learn) as trial:
+        trial.load('before')
+        assert not torch.equal(weights(trial), weights(learn))
+        trial.save('before')
+    learn.load('before')
+
+
+def test_a_text_encoder_is_not_saved(tmp_path):
+    learn = words()
+    learn.path = tmp_path
+    with pilot(learn) as trial: trial.save_encoder('enc')
     assert not list(tmp_path.rglob('*'))
 
 
