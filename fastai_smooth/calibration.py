@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from .callback import _unmixed
 from .kernels.checks import check_dense, check_number, check_whole
 from .kernels.functional import tensor_of
+from .losses import _label_axis_of
 
 # %% ../nbs/05_calibration.ipynb #79d33a7b
 def _plain(name, x):
@@ -35,23 +36,23 @@ def _task(
     raise ValueError('needs probs (N,) or (N,K) with targs shaped alike for events or labels, or probs (N,K) with targs (N,) for class '
                      f'indices; got probs {tuple(probs.shape)}, targs {tuple(targs.shape)}')
 
-def _sum_tolerance(dtype): return 2e-2 if dtype in (torch.float16,torch.bfloat16) else 1e-3
+def _tolerance(dtype): return 2e-2 if dtype in (torch.float16,torch.bfloat16) else 1e-3
 
 def check_probs(
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
 ) -> tuple: # probs, targs, task: 'event', 'classes' or 'labels'
-    """`probs` and `targs` in float64 and int64 on the CPU, and their task.
+    """`probs` and `targs` in float64 and int64 on the CPU, and their task. What rounding put outside [0,1] is clipped.
 
-    Raises a TypeError for what is no dense tensor of real numbers, nor lists or an array of them; a ValueError for shapes that don't go together,
-    no rows, probabilities outside [0,1] or rows of them that don't sum to 1, and labels that are no class or not 0 or 1."""
+    Raises a TypeError for what is no dense tensor of real numbers, nor lists, an array or a DataFrame of them; a ValueError for shapes that don't go
+    together, no rows, probabilities outside [0,1] or rows of them that don't sum to 1, and labels that are no class or not 0 or 1."""
     dtype = tensor_of('probs', probs).dtype
-    tol,probs,targs = _sum_tolerance(dtype),_plain('probs', probs),_plain('targs', targs)
+    tol,probs,targs = _tolerance(dtype),_plain('probs', probs),_plain('targs', targs)
     task = _task(probs, targs)
     if not dtype.is_floating_point: raise ValueError(f'probs must be floating point, got {dtype}')
     if not len(probs): raise ValueError('probs has no rows')
-    outside = probs[(probs < 0) | (probs > 1)]
-    if len(outside): raise ValueError(f'probs must be in [0,1], got {outside[0]:g}: apply softmax or sigmoid to logits first')
+    outside = probs[(probs < -tol) | (probs > 1+tol)]
+    if len(outside): raise ValueError(f'probs must be in [0,1], got {outside[0]:g}: apply {"softmax" if task == "classes" else "sigmoid"} to logits first')
     if task == 'classes':
         off = ((probs.sum(1) - 1).abs() > tol).nonzero()
         if len(off): raise ValueError(f'rows of probs must sum to 1, row {off[0].item()} sums to {probs[off[0]].sum():g}: for independent labels '
@@ -59,7 +60,7 @@ def check_probs(
     top = probs.shape[1]-1 if task == 'classes' else 1
     wrong = targs[(targs < 0) | (targs > top) | (targs != targs.long())]
     if len(wrong): raise ValueError(f'targs must be {f"class indices in [0,{top}]" if task == "classes" else "0 or 1"}, got {wrong[0]:g}')
-    return probs,targs.long(),task
+    return probs.clamp(0, 1),targs.long(),task
 
 # %% ../nbs/05_calibration.ipynb #8ca73774
 def _events(probs, targs, task, classwise=False):
@@ -431,42 +432,58 @@ def reliability(
     return pd.DataFrame([row(*o.tolist()) for o in rows], columns=['confidence','accuracy','low','high','n'])
 
 # %% ../nbs/05_calibration.ipynb #c339e3ec
+def _of_indices(loss):
+    "Is it a loss of class indices, with a softmax? fastai's say so by `y_int`."
+    return getattr(loss, 'y_int', False) or isinstance(getattr(loss, 'func', loss), nn.CrossEntropyLoss) or loss is F.cross_entropy
+
+def _class_axis(loss, pred, targ):
+    "Of a softmax: where torch's losses have it, which don't say; a function's may be last, as a language model's is"
+    return getattr(loss, 'axis', 1 if _of_indices(loss) or targ.shape[1:] == pred.shape[2:] else -1)
+
+def _label_rows(pred, targ, axis):
+    "Both as (N,K), with the labels along `axis`, or (N,1) where there is but one; (N,) for single events"
+    if pred.ndim > 1:
+        pred,targ = (o.unsqueeze(-1) if axis is None else o.movedim(axis, -1) for o in (pred,targ))
+        pred,targ = (o.reshape(-1, o.shape[-1]) for o in (pred,targ))
+    return pred,targ,torch.ones(len(pred), dtype=torch.bool, device=pred.device)
+
 def prediction_rows(
-    pred:Tensor, # (N,K), (N,K,...) or (N,): what the model gives, classes along the axis of the loss
-    targ:Tensor, # (N,) or (N,...) class indices, or labels shaped like `pred`
-    loss=None, # For its `axis` (else the last) and `ignore_index`
+    pred:Tensor, # (N,K), (N,K,...), (N,...,K) or (N,): what the model gives
+    targ:Tensor, # Labels, as many elements as `pred`; or class indices, one for K predictions
+    loss=None, # For its `axis`, its `ignore_index`, and whether it is of class indices
 ) -> tuple: # pred, targ, keep
     """`pred` as (N,K), or (N,) for single events; `targ` to go with it, 0 where it is to be ignored; and `keep` (N,), False for those.
 
-    Raises a TypeError for what is no tensor, and a ValueError for shapes that don't go together."""
+    As many targets as predictions are labels, each with a sigmoid of its own; they lie along the axis that `label_axis` says, so that (N,H,W) and
+    (N,1,H,W) are rows of one label. Fewer are class indices, with a softmax along the `axis` of the loss. A loss of class indices keeps its axis, and
+    its indices where there is a single class, also for as many targets.
+
+    Raises a TypeError for what is no tensor, a ValueError for shapes that don't go together, and an IndexError for an axis that there is not."""
     for o in (pred, targ):
         if not isinstance(o, Tensor): raise TypeError(f'needs one tensor of predictions and one of targets, got a {type(o).__name__}')
     pred,targ = pred.detach().as_subclass(Tensor),targ.detach().as_subclass(Tensor)
-    if pred.ndim < 2: return pred,targ.reshape(pred.shape),torch.ones_like(pred, dtype=torch.bool)
-    images = pred.ndim > 2 and targ.ndim == pred.ndim-1 and targ.shape[1:] == pred.shape[2:] # as torch's losses have them, which say no axis
-    axis = getattr(loss, 'axis', 1 if images else -1)
-    pred = pred.movedim(axis, -1)
-    k = pred.shape[-1]
-    if targ.numel() == pred.numel() and (k == 1 or targ.is_floating_point() or targ.ndim == pred.ndim):
-        targ = targ.reshape(pred.shape) if k == 1 or targ.shape == pred.shape else targ.movedim(axis, -1)
-        return pred.reshape(-1, k),targ.reshape(-1, k),pred.new_ones(pred.numel()//k, dtype=torch.bool)
+    if targ.numel() == pred.numel() and not _of_indices(loss): return _label_rows(pred, targ.reshape(pred.shape), _label_axis_of(loss, pred.ndim))
+    axis = _class_axis(loss, pred, targ)
+    k = pred.size(axis)
+    if targ.shape == pred.shape and (k > 1 or targ.is_floating_point()): return _label_rows(pred, targ, axis) # several classes, or a soft one
     if targ.numel()*k != pred.numel(): raise ValueError(f'predictions {tuple(pred.shape)} and targets {tuple(targ.shape)} do not go together')
     targ = targ.reshape(-1).long()
     keep = targ != getattr(getattr(loss, 'func', loss), 'ignore_index', -100)
-    return pred.reshape(-1, k),torch.where(keep, targ, 0),keep
+    return pred.movedim(axis, -1).reshape(-1, k),torch.where(keep, targ, 0),keep
 
+# %% ../nbs/05_calibration.ipynb #metrclss
 def _double(x):
     "Float64, where the device has it"
     return (x.cpu() if x.device.type == 'mps' else x).double()
 
 class CalibrationMetric(Metric):
-    """A measure of this page, such as `calibration_error`, as a fastai metric: what `NLL`, `Brier`, `ECE`, `ClasswiseECE` and `SmoothECE` make. It keeps sums, not rows, unless bins are of equal mass.
+    """A measure of this page, such as `calibration_error`, as a fastai metric: what `NLL`, `Brier`, `ECE`, `ClasswiseECE` and `SmoothECE` are. It keeps sums, not rows, unless bins are of equal mass.
 
     Raises a TypeError for other measures, for options that the measure doesn't have, and for an `act` that is no function; a ValueError for an `average` or options out of range, and in validation for what are no
-    probabilities and labels."""
+    probabilities and labels, or an IndexError where they lack the axis of the loss."""
     def __init__(self,
         measure:Callable, # One of the measures here
-        name:str, # As it is printed; '_worst' is added where that is asked for
+        name:str, # As it is printed; '_worst' is added where that is asked for. fastai's trackers keep the lowest value where it has 'loss' or 'error' in it
         average:str='macro', # Labels: 'macro' mean or 'worst'
         act:Callable=None, # Makes probabilities of predictions (None: the activation of the Learner's loss)
         **kwargs # Of the measure, such as n_bins
@@ -496,16 +513,20 @@ class CalibrationMetric(Metric):
         """(items,rows an item,M,1+C): the cell, and what is to be added there: nothing for ignored rows. Where the bins wait for all rows,
         the probability, the outcome, and is it there"""
         if targ.is_complex(): raise TypeError(f'targets must be of real numbers, got {targ.dtype}')
-        act,n,m = self.act or getcallable(loss, 'activation'),len(pred),self.measure
-        probs,targ,keep = prediction_rows(act(_double(pred)), targ, loss)
+        act,m = self.act or getcallable(loss, 'activation'),self.measure
+        probs,labels,keep = prediction_rows(act(_double(pred)), targ, loss)
+        # ignored rows may hold anything, nan too: they are made uniform here, and count for 0 below
+        if probs.ndim == 2: probs = torch.where(keep[:,None], probs, 1/probs.shape[1])
         try:
-            checked = check_probs(probs, targ)
+            checked = check_probs(probs, labels)
             cell,channels = m.rows(*checked) if m.streams else _events(*checked, m.classwise)
-        except ValueError as e: raise ValueError(f'metric {self.name}: {e}' + ('' if hasattr(loss, 'activation') or self.act else
-            f" (the loss {getattr(loss, '__name__', type(loss).__name__)} has no activation: pass act=, say act=partial(F.softmax, dim=-1))")) from None
+        except ValueError as e:
+            remedy = 'torch.sigmoid' if probs.shape == labels.shape else f'partial(F.softmax, dim={_class_axis(loss, pred, targ)})'
+            raise ValueError(f'metric {self.name}: {e}' + ('' if hasattr(loss, 'activation') or self.act else
+                f" (the loss {getattr(loss, '__name__', type(loss).__name__)} has no activation: pass act={remedy})")) from None
         keep = keep.cpu().double()[:,None,None]
         rows = torch.cat([cell[...,None], channels*keep] if m.streams else [cell[...,None], channels[...,None], keep.expand(*cell.shape, 1)], -1)
-        return rows.view(n, -1, *rows.shape[1:])
+        return rows.view(len(pred), -1, *rows.shape[1:])
 
     @property
     def value(self):
@@ -515,41 +536,44 @@ class CalibrationMetric(Metric):
         if isinstance(sums, int) or not sums[...,0].any(): return
         return _averaged(m.value(sums)[0], self.average).item()
 
-def NLL(
-    average:str='macro', # Labels: 'macro' mean or 'worst'
-    act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-) -> CalibrationMetric: # For `Learner(metrics=...)`
-    "`nll` in nats on hard labels, whatever the loss smooths. Raises what `CalibrationMetric` raises."
-    return CalibrationMetric(nll, 'nll', average, act)
+# %% ../nbs/05_calibration.ipynb #metrics5
+def _with_bins(name, n_bins): return name if n_bins == 15 else f'{name}{n_bins}'
 
-def Brier(
-    average:str='macro', # Labels: 'macro' mean or 'worst'
-    act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-) -> CalibrationMetric: # For `Learner(metrics=...)`
-    "`brier_score` as a metric. Raises what `CalibrationMetric` raises."
-    return CalibrationMetric(brier_score, 'brier', average, act)
+class NLL(CalibrationMetric):
+    "`nll` in nats on hard labels, whatever the loss smooths, as `nll_loss`. Raises what `CalibrationMetric` raises."
+    def __init__(self,
+        average:str='macro', # Labels: 'macro' mean or 'worst'
+        act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
+    ): super().__init__(nll, 'nll_loss', average, act)
 
-def ECE(
-    n_bins:int=15, # Bins
-    average:str='macro', # Labels: 'macro' mean or 'worst'
-    act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-    **kwargs # binning, norm and debias of `calibration_error`
-) -> CalibrationMetric: # For `Learner(metrics=...)`
-    "`calibration_error` as a metric. Raises what `CalibrationMetric` raises."
-    return CalibrationMetric(calibration_error, 'ece' if n_bins == 15 else f'ece{n_bins}', average, act, n_bins=n_bins, **kwargs)
+class Brier(CalibrationMetric):
+    "`brier_score` as a metric, `brier_loss`. Raises what `CalibrationMetric` raises."
+    def __init__(self,
+        average:str='macro', # Labels: 'macro' mean or 'worst'
+        act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
+    ): super().__init__(brier_score, 'brier_loss', average, act)
 
-def ClasswiseECE(
-    n_bins:int=15, # Bins
-    average:str='macro', # 'macro' mean over classes or labels, or the 'worst'
-    act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-    **kwargs # binning, norm and debias of `classwise_calibration_error`
-) -> CalibrationMetric: # For `Learner(metrics=...)`
-    "`classwise_calibration_error` as a metric. Raises what `CalibrationMetric` raises."
-    return CalibrationMetric(classwise_calibration_error, 'classwise_ece' if n_bins == 15 else f'classwise_ece{n_bins}', average, act, n_bins=n_bins, **kwargs)
+class ECE(CalibrationMetric):
+    "`calibration_error` as a metric of that name. Raises what `CalibrationMetric` raises."
+    def __init__(self,
+        n_bins:int=15, # Bins
+        average:str='macro', # Labels: 'macro' mean or 'worst'
+        act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
+        **kwargs # binning, norm and debias of `calibration_error`
+    ): super().__init__(calibration_error, _with_bins('calibration_error', n_bins), average, act, n_bins=n_bins, **kwargs)
 
-def SmoothECE(
-    average:str='macro', # Labels: 'macro' mean or 'worst'
-    act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
-) -> CalibrationMetric: # For `Learner(metrics=...)`
-    "`smooth_calibration_error` as a metric. Raises what `CalibrationMetric` raises."
-    return CalibrationMetric(smooth_calibration_error, 'smooth_ece', average, act)
+class ClasswiseECE(CalibrationMetric):
+    "`classwise_calibration_error` as a metric of that name. Raises what `CalibrationMetric` raises."
+    def __init__(self,
+        n_bins:int=15, # Bins
+        average:str='macro', # 'macro' mean over classes or labels, or the 'worst'
+        act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
+        **kwargs # binning, norm and debias of `classwise_calibration_error`
+    ): super().__init__(classwise_calibration_error, _with_bins('classwise_calibration_error', n_bins), average, act, n_bins=n_bins, **kwargs)
+
+class SmoothECE(CalibrationMetric):
+    "`smooth_calibration_error` as a metric of that name. Raises what `CalibrationMetric` raises."
+    def __init__(self,
+        average:str='macro', # Labels: 'macro' mean or 'worst'
+        act:Callable=None, # Makes probabilities of predictions (None: the activation of the loss)
+    ): super().__init__(smooth_calibration_error, 'smooth_calibration_error', average, act)

@@ -19,7 +19,7 @@ from .pilot import RawPreds, pilot, raw_preds
 from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted, row_nll
 
 # %% ../nbs/08_interpret.ipynb #ff27fd2a
-_OVER,_UNDER = 'C1','C0'
+_UNDER,_OVER,_RIGHT,_WRONG = 'C0','C1','C2','C3'
 
 def draw_reliability(
     ax, # Axes to draw on
@@ -30,8 +30,8 @@ def draw_reliability(
     title:str='', # Of the panel
     words:tuple=('underconfident','overconfident'), # What is above the diagonal, and below
 ):
-    """A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal coloured by its sign, and dots that grow
-    with the rows of a bin. Raises what `reliability` raises. Guo et al. 2017 (arXiv:1706.04599)."""
+    """A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal blue where the model is underconfident and
+    orange where it is overconfident, and dots that grow with the rows of a bin. Raises what `reliability` raises. Guo et al. 2017 (arXiv:1706.04599)."""
     bins = reliability(probs, targs, n_bins, min_n=min_n)
     ax.fill_between([0,1], [0,1], 0, color=_OVER, alpha=.07, lw=0)
     ax.fill_between([0,1], [0,1], 1, color=_UNDER, alpha=.07, lw=0)
@@ -44,9 +44,9 @@ def draw_reliability(
     ax.scatter(bins.confidence, bins.accuracy, s=15 + 150*bins.n/max(1, bins.n.sum()), color='black', zorder=3, clip_on=False)
     ax.set(title=title, xlim=(-.02,1.02), ylim=(-.02,1.02), aspect='equal')
 
-def _draw_counts(ax, probs, n_bins):
+def _draw_counts(ax, probs, n_bins, xlabel='confidence'):
     ax.hist(probs.max(1)[0] if probs.ndim == 2 else probs, n_bins, range=(0,1), color='grey', weights=np.full(len(probs), 1/len(probs)))
-    ax.set(xlabel='confidence', xlim=(-.02,1.02))
+    ax.set(xlabel=xlabel, xlim=(-.02,1.02))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 # %% ../nbs/08_interpret.ipynb #79d33a7b
@@ -108,10 +108,12 @@ class CalibrationInterpretation(Interpretation):
         average:str='macro', # Of several labels: their 'macro' mean or the 'worst'
         by_label:bool=False, # Several labels: ECE, Brier and NLL of each, the worst ECE first, instead
         n_boot:int=1000, # Bootstrap samples
-    ) -> pd.DataFrame: # One row a measure, 'raw' and 'after T': value, low, high, floor, floor_high, n, T
-        """Measures with their 95% intervals (`low`, `high`) and null floor, what a perfectly calibrated model with these probabilities would
-        show on as many rows: on the average (`floor`), and with luck up to `floor_high`. Accuracy, Brier and the calibration errors are
-        fractions, NLL is in nats.
+    ) -> pd.DataFrame: # One row a measure, 'raw' and 'after T': value, low, high, 'if perfectly calibrated', 'at most (95%)', n, T
+        """Measures with their 95% intervals (`low`, `high`). Accuracy, Brier and the calibration errors are fractions, NLL is in nats.
+
+        `if perfectly calibrated` is what a measure would be, on the average, if the model were right just as often as these probabilities say, on
+        as many rows; 95% of such models show `at most` the number beside it. That is more than 0 for a calibration error, as no sample is without
+        luck. An NLL or Brier score below it belongs to a model that is better than it says, which is underconfident.
 
         NLL and Brier are proper scores, and come first; the others are calibration alone. Rows of one item, such as the pixels of an image,
         count as depending on each other. A temperature that was fitted to the Learner on these very data looks a little too good. Raises a
@@ -124,11 +126,11 @@ class CalibrationInterpretation(Interpretation):
                 if name == 'accuracy' and when != 'raw': continue # the same
                 options = dict(average=average, groups=self.items, **kw)
                 low,high = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, **options)
-                floor,top = (math.nan,math.nan) if name == 'accuracy' else null_floor(f, probs, self.targs, n_draws=n_boot, **options)
+                perfect,top = (math.nan,math.nan) if name == 'accuracy' else null_floor(f, probs, self.targs, n_draws=n_boot, **options)
                 value = _measured(_measure(f, **kw), probs, self.targs, average).item()
-                rows[name,when] = [value, low, high, float(floor), float(top), len(self.targs), 1. if when == 'raw' else self.temperature]
+                rows[name,when] = [value, low, high, float(perfect), float(top), len(self.targs), 1. if when == 'raw' else self.temperature]
         index = pd.MultiIndex.from_tuples(rows, names=['measure','probabilities'])
-        return pd.DataFrame(list(rows.values()), index, ['value','low','high','floor','floor_high','n','T'])
+        return pd.DataFrame(list(rows.values()), index, ['value','low','high','if perfectly calibrated','at most (95%)','n','T'])
 
     def _by_label(self, n_bins):
         if not self.multi: raise ValueError('by_label=True is for several labels a row')
@@ -144,46 +146,63 @@ class CalibrationInterpretation(Interpretation):
         return_fig:bool=False, # Return the figure?
     ) -> plt.Figure: # None unless `return_fig`
         """Reliability diagrams, raw and after temperature: accuracy by confidence, with intervals, and how many rows have which confidence.
-        Several labels: a row of diagrams each. Raises a ValueError for a label that there is not, and a TypeError or ValueError for
-        numbers out of range."""
+        Of labels: the share of positives by the label's probability; two labels side by side. Raises a ValueError for a label that there is not, and
+        a TypeError or ValueError for numbers out of range."""
         check_whole('max_n', max_n, 1), check_whole('n_bins', n_bins, 1)
-        raw,after,targs = self.raw,self.after,self.targs
-        cols = [('raw, ECE {:.3f}',raw,targs),(f'after {self._t}, ECE {{:.3f}}',after,targs)]
-        if self.multi:
-            names = self._by_label(15).index[:max_n] if label is None else [label]
-            unknown = [o for o in names if o not in self.vocab]
-            if unknown: raise ValueError(f'label {unknown[0]!r} is not one of {list(self.vocab)}')
-            idx = [self.vocab.index(o) for o in names]
-            cols = [(f'{self.vocab[k]}: {when}, ECE {{:.3f}}',p[:,k],targs[:,k]) for k in idx for when,p in (('raw',raw),(f'after {self._t}',after))]
-        n,words = len(cols)//2,dict(words=('probability too low','too high')) if self.targs.ndim == self.logits.ndim else {}
-        fig,axs = plt.subplots(2*n, 2, figsize=ifnone(figsize, (8,5.2*n)), height_ratios=[4,1]*n, squeeze=False, layout='constrained')
-        for i,(title,p,t) in enumerate(cols):
-            top,low = axs[2*(i//2),i%2],axs[2*(i//2)+1,i%2]
-            draw_reliability(top, p, t, n_bins, title=title.format(calibration_error(p, t)), **words)
-            _draw_counts(low, p, n_bins)
-            if i%2 == 0:
-                top.set_ylabel('share of positives' if self.targs.ndim == self.logits.ndim else 'accuracy')
+        panels = [o for k in (self._labels(label, max_n) if self.multi else [None]) for o in self._raw_and_after(k)]
+        cols = min(4, len(panels))
+        n,scale = math.ceil(len(panels)/cols),1 if cols == 2 else .65
+        fig,axs = plt.subplots(2*n, cols, figsize=ifnone(figsize, (4*cols*scale,5.2*n*scale)), height_ratios=[4,1]*n, squeeze=False, layout='constrained')
+        of_label = self.targs.ndim == self.logits.ndim
+        words = dict(words=('too low','too high')) if of_label else {}
+        for i in range(n*cols):
+            top,low = axs[2*(i//cols),i%cols],axs[2*(i//cols)+1,i%cols]
+            if i >= len(panels): # an odd number of labels
+                top.remove(), low.remove()
+                continue
+            title,p,t = panels[i]
+            draw_reliability(top, p, t, n_bins, title=f'{title}, ECE {calibration_error(p, t):.3f}', **words)
+            _draw_counts(low, p, n_bins, 'probability' if of_label else 'confidence')
+            if i%cols == 0:
+                top.set_ylabel('share of positives' if of_label else 'accuracy')
                 low.set_ylabel('rows')
         if return_fig: return fig
+
+    def _labels(self, label, max_n):
+        "Columns of the label that is asked for, or of the worst ones"
+        names = self._by_label(15).index[:max_n] if label is None else [label]
+        unknown = [o for o in names if o not in self.vocab]
+        if unknown: raise ValueError(f'label {unknown[0]!r} is not one of {list(self.vocab)}')
+        return [self.vocab.index(o) for o in names]
+
+    def _raw_and_after(self, k=None):
+        "Title, probabilities and targets before and after the temperature, of label `k` if there are several"
+        for when,p in (('raw',self.raw),(f'after {self._t}',self.after)):
+            yield (when,p,self.targs) if k is None else (f'{self.vocab[k]}\n{when}',p[:,k],self.targs[:,k])
 
     @property
     def _t(self): return 'T per label' if is_listy(self.temperature) else f'T={self.temperature:.2f}'
 
     def plot_confidences(self,
         n_bins:int=20, # Bins of equal width
-        figsize:tuple=(8,3), # In inches
+        figsize:tuple=(8,3.4), # In inches
         return_fig:bool=False, # Return the figure?
     ) -> plt.Figure: # None unless `return_fig`
-        "How sure the model is where it is right, and where it is wrong; raw and after temperature. Of several labels, all decisions."
+        """How sure the model is where it is right (green), and where it is wrong (red), each as shares that add up to 100%; raw and after
+        temperature. Of several labels, all decisions, yes or no."""
         fig,axs = plt.subplots(1, 2, figsize=figsize, sharey=True, layout='constrained')
+        classes = self.targs.ndim < self.logits.ndim
+        low = 1/self.logits.shape[1] if classes else .5
         for ax,title,probs in zip(axs, ('raw',f'after {self._t}'), (self.raw,self.after)):
             sure,right = self._decisions(probs)
-            ax.hist([sure[right],sure[~right]], n_bins, range=(1/self.logits.shape[1] if probs.ndim == 2 and not self.multi else .5,1), stacked=True, color=[_UNDER,_OVER], label=['right','wrong'])
+            for name,color,o in (('right',_RIGHT,sure[right]),('wrong',_WRONG,sure[~right])):
+                ax.hist(o, n_bins, range=(min(low,.99),1), weights=np.full(len(o), 1/max(1, len(o))), histtype='stepfilled', fc=(color,.2), ec=color, lw=1.5, label=f'{name} ({len(o):,})')
             ax.axvline(sure.mean(), color='black', label='mean confidence')
-            ax.axvline(right.double().mean(), color='grey', ls='--', label='accuracy')
-            ax.set(title=title, xlabel='confidence', yscale='log')
-        axs[0].set_ylabel('decisions')
-        axs[1].legend()
+            ax.axvline(right.double().mean(), color='black', ls='--', label='accuracy')
+            ax.set(title=title, xlabel='confidence of the decision' if classes else 'confidence of the decision, yes or no')
+        axs[0].set_ylabel('share of the right, of the wrong')
+        axs[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
         if return_fig: return fig
 
     def _decisions(self, probs):
@@ -199,16 +218,19 @@ class CalibrationInterpretation(Interpretation):
         show:bool=True, # Show the inputs, as `plot_top_losses` does?
         **kwargs # Of `plot_top_losses`
     ) -> tuple: # Confidences (k,) in [0,1], indices (k,) into the data
-        """The wrong decisions that the model was most sure of (raw): of several labels, by the worst label of a row; fewer than `k` where fewer
-        are wrong. Raises a ValueError unless there is one prediction an input, all of them are here, and the data come from a fastai
-        DataLoader; a TypeError for a `k` that is no number."""
+        """The wrong decisions that the model is most sure of, by the probabilities that `get_preds` gives: with the temperature that was fitted to
+        the Learner, if one was. Those it calls more likely right than wrong, with a confidence above .5; so fewer than `k` where fewer are.
+        Of several labels, by the worst label of a row.
+
+        Raises a ValueError unless there is one prediction an input, all of them are here, and the data come from a fastai DataLoader; a TypeError
+        for a `k` that is no number."""
         check_whole('k', k, 0)
         if not hasattr(self.dl, 'get_idxs'): raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
         if not len(self.rows) == self.total == len(self.dl.dataset):
             raise ValueError(f'most_overconfident needs one prediction an input, and all of them: of {len(self.dl.dataset)} inputs there are {self.total} predictions, of which {len(self.rows)} were kept')
-        sure,right = self._decisions(self.raw)
+        sure,right = self._decisions(self.after if self.fitted else self.raw)
         wrong = torch.where(right, 0., sure).nan_to_num().view(len(self.rows), -1).amax(1)
-        idx = wrong.argsort(descending=True)[:min(k, int((wrong > 0).sum()))]
+        idx = wrong.argsort(descending=True)[:min(k, int((wrong > .5).sum()))]
         if show and len(idx):
             rank = self.top_losses()[1].argsort() # what `plot_top_losses` counts by
             self.plot_top_losses(rank[idx].tolist(), **kwargs)

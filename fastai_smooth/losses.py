@@ -10,7 +10,7 @@ __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSm
 from fastai.basics import *
 from .kernels import functional as K
 from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, class_axis
-from .kernels.targets import Smoothing
+from .kernels.targets import Smoothing, label_axis
 
 # %% ../nbs/01_losses.ipynb #50675ff6
 class _Smooth(nn.Module):
@@ -254,6 +254,13 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
 
     thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
     def _target_shape(self, inp): return inp.shape
+
+# %% ../nbs/01_losses.ipynb #labelax1
+def _label_axis_of(loss, ndim):
+    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given; the -1 that fastai's losses have by default is none."
+    axis = getattr(loss, 'axis', None)
+    if axis == -1 and not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)): axis = None
+    return label_axis(ndim, axis)
 
 # %% ../nbs/01_losses.ipynb #tmpr0002
 class TemperedActivation:

@@ -1,5 +1,5 @@
 "Calibration measures, their intervals and floors, and the metrics: SPEC section 6."
-import math, pickle
+import math, pickle, warnings
 from fractions import Fraction
 
 import pytest
@@ -7,13 +7,14 @@ from hypothesis import given, settings, strategies as st
 from scipy.stats import foldnorm
 from helpers import *
 from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.learner import load_learner
 from fastai.tabular.all import tabular_learner
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 import fastai.losses as fastai_losses
-from fastai_smooth.all import LabelSmoothingCrossEntropyFlat
+from fastai_smooth.all import LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat
 from fastai_smooth.calibration import *
 from processes import fastai_on_cpu, in_processes, needs_fork
 
@@ -305,6 +306,29 @@ def test_half_precision(measure, dtype):
 def test_null_floor_takes_half_precision(measure, dtype):
     for p in (torch.full((6, 3), 1/3).to(dtype), torch.full((6, 7), 1/7).to(dtype)):
         assert all(o.isfinite() for o in null_floor(measure, p, torch.arange(6) % 3, n_draws=100))
+
+
+@measured
+def test_rounding_beyond_0_and_1_is_clipped(measure):
+    p, y = torch.tensor([1.0000000000000002, .5, -1e-17], dtype=torch.float64), tensor([1, 0, 0])
+    assert p[0] > 1 > 0 > p[2]
+    near(measure(p, y), measure(p.clamp(0, 1), y), 1e-12)
+    rows = torch.stack([p, 1-p], 1)
+    near(measure(rows, y), measure(rows.clamp(0, 1), y), 1e-12)
+    with pytest.raises(ValueError, match='got 1.01'): measure(tensor([1.01, .5]), tensor([1, 0]))
+
+
+@measured
+def test_tables_of_pandas_are_taken(measure):
+    p, y = sample(30, 4)
+    index = range(100, 130)
+    frame, series = pd.DataFrame(p.numpy(), index, columns=list('abcd')), pd.Series(y.numpy(), index)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        near(measure(frame, series), measure(p, y), 1e-12)
+        near(measure(frame['a'], series == 2), measure(p[:, 0], y == 2), 1e-12)
+        near(measure(frame, pd.DataFrame(F.one_hot(y).numpy(), index)), measure(p, F.one_hot(y)), 1e-12)
+    with pytest.raises(TypeError, match='probs must be'): measure(frame.assign(a='x'), series)
 
 
 def test_subclasses_and_gradients():
@@ -630,7 +654,8 @@ def test_levels_are_shares(level):
 
 
 def test_names_of_metrics_tell_them_apart():
-    assert [o.name for o in (ECE(), ECE(30), ECE(average='worst'), ClasswiseECE(10), NLL())] == ['ece', 'ece30', 'ece_worst', 'classwise_ece10', 'nll']
+    assert [o.name for o in (ECE(), ECE(30), ECE(average='worst'), ClasswiseECE(10), NLL())] == [
+        'calibration_error', 'calibration_error30', 'calibration_error_worst', 'classwise_calibration_error10', 'nll_loss']
 
 
 def test_torch_s_losses_have_the_classes_of_images_along_axis_1():
@@ -638,6 +663,70 @@ def test_torch_s_losses_have_the_classes_of_images_along_axis_1():
     x, y, keep = prediction_rows(pred, targ, torch.nn.CrossEntropyLoss())
     near(F.cross_entropy(x, y), F.cross_entropy(pred, targ))
     with pytest.raises(TypeError, match='one tensor .* got a tuple'): prediction_rows((pred,), targ)
+
+
+def with_axis(loss, axis):
+    loss.axis = axis
+    return loss
+
+
+@pytest.mark.parametrize('shape, loss, axis', [
+    ((5, 3), BCEWithLogitsLossFlat(), 1), ((5, 3, 2, 2), BCEWithLogitsLossFlat(), 1), ((5, 3, 2, 2, 2), F.binary_cross_entropy_with_logits, 1),
+    ((5, 3, 2), BCEWithLogitsLossFlat(), None), ((5, 3, 2), nn.BCEWithLogitsLoss(), None), ((5, 3, 2, 2), BCEWithLogitsLossFlat(axis=2), 2),
+    ((5, 3, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), -1), 2), ((5, 3, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), None),
+    ((5, 3, 2, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), 1)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.int64])
+def test_where_labels_are(shape, loss, axis, dtype):
+    "axis 1 of (N,K) and of images and volumes, one label in masks, and otherwise where a loss was told so; -1 is fastai's default"
+    pred = torch.randn(shape)
+    targ = (torch.rand(shape) < .5).to(dtype)
+    x, y, keep = prediction_rows(pred, targ, loss)
+    k = 1 if axis is None else shape[axis]
+    for rows, o in (x, pred), (y, targ):
+        assert rows.shape == (pred.numel()//k, k)
+        if axis is None: assert torch.equal(rows.flatten(), o.flatten())
+        else: assert all(torch.equal(rows[:, i], o.select(axis, i).flatten()) for i in range(k))
+    assert keep.all() and keep.shape == x.shape[:1]
+
+
+@pytest.mark.parametrize('x_shape, y_shape', [((4, 1, 3, 2), (4, 3, 2)), ((4, 3, 2), (4, 1, 3, 2)), ((4, 1), (4,)), ((4,), (4, 1))], ids=str)
+def test_as_many_targets_as_predictions_are_labels(x_shape, y_shape):
+    "Both fastai's and our sigmoid losses take them"
+    pred, targ = torch.randn(x_shape), (torch.rand(y_shape) < .5).long()
+    x, y, _ = prediction_rows(pred, targ, BCEWithLogitsLossFlat())
+    assert x.shape == y.shape == ((4,) if x_shape == (4,) else (pred.numel(), 1))
+    assert torch.equal(x.flatten(), pred.flatten()) and torch.equal(y.flatten(), targ.flatten())
+
+
+class OneParameter(nn.Module):
+    "Gives its input"
+    def __init__(self): super().__init__(); self.one = nn.Parameter(torch.ones(()))
+    def forward(self, x): return x*self.one
+
+
+def as_is(x, y, loss, n_valid=None): return tensor_learner(tensor_dls(x, y, 10, n_valid), OneParameter(), loss)
+
+
+@pytest.mark.parametrize('y_shape', [(30, 1, 16, 16), (30, 16, 16)], ids=str)
+def test_columns_of_an_image_are_no_labels(y_shape):
+    "Perfectly calibrated masks of one label: the error is that of all pixels, not the mean of 16 columns'"
+    torch.manual_seed(0)
+    x = torch.randn(30, 1, 16, 16)*2
+    y = torch.bernoulli(x.sigmoid())
+    learn = as_is(torch.cat([x, x]), torch.cat([y, y]).reshape(60, *y_shape[1:]), BCEWithLogitsLossFlat(), 30)
+    learn.metrics = [NLL(), ECE()]
+    loss, value, error = learn.validate()
+    near(value, loss, 1e-6)
+    near(error, calibration_error(x.sigmoid().flatten(), y.flatten()), 1e-6)
+    assert error < .02
+
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(.1), fastai_losses.FocalLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy], ids=str)
+def test_a_softmax_over_one_class_is_always_right(loss):
+    y_shape = (20,) if loss is F.cross_entropy or isinstance(loss, nn.Module) else (20, 1)
+    learn = as_is(rows_of(20, 1), torch.zeros(y_shape, dtype=torch.long), loss, 10)
+    learn.metrics = [m(act=partial(F.softmax, dim=-1)) for m in (NLL, Brier, ECE, ClasswiseECE, SmoothECE)]
+    near(learn.validate(), [0]*6)
 
 
 # ---------------------------------------------------------------- reliability
@@ -832,15 +921,73 @@ def test_a_loss_without_activation_is_named(m):
 def test_targets_that_do_not_fit_are_named():
     learn = single()
     learn.metrics = NLL(act=lambda x: x.softmax(-1)[:, :2])
-    with pytest.raises(ValueError, match='metric nll'): learn.validate()
+    with pytest.raises(ValueError, match='metric nll_loss'): learn.validate()
 
 
 def test_names():
     learn = single()
     learn.metrics = [NLL(), Brier(), ECE(), ClasswiseECE(), SmoothECE()]
     learn.fit(1)
-    assert learn.recorder.metric_names[3:8] == ['nll', 'brier', 'ece', 'classwise_ece', 'smooth_ece']
+    assert learn.recorder.metric_names[3:8] == ['nll_loss', 'brier_loss', 'calibration_error', 'classwise_calibration_error', 'smooth_calibration_error']
     assert len(learn.recorder.values[0]) == 7 and all(map(math.isfinite, learn.recorder.values[0]))
+
+
+ALL = [NLL, Brier, ECE, ClasswiseECE, SmoothECE]
+
+
+@pytest.mark.parametrize('m', ALL)
+def test_trackers_keep_the_lowest_value(m, tmp_path):
+    "The first of three epochs, after which the model diverges; early stopping and the learning rate go by it too"
+    def worse(learn):
+        with torch.no_grad(): learn.model[-1].weight.mul_(-3)
+    learn = single()
+    learn.metrics, learn.path = m(), tmp_path
+    name = m().name
+    save, stop, plateau = SaveModelCallback(monitor=name), EarlyStoppingCallback(monitor=name, patience=3), ReduceLROnPlateau(monitor=name, patience=2)
+    learn.fit(5, 1e-9, cbs=[Spy(worse, 'before_epoch'), save, stop, plateau])
+    values = [o[2] for o in learn.recorder.values]
+    assert len(values) == 4 and values[0] == min(values) < values[-1]
+    assert learn.opt.hypers[-1]['lr'] == 1e-10
+    near(learn.validate()[1], values[0])
+
+
+@pytest.mark.parametrize('m', ALL)
+def test_a_metric_without_parentheses(m):
+    learn = single()
+    learn.metrics = [accuracy, m]
+    named = single()
+    named.metrics = [accuracy, m()]
+    near(learn.validate(), named.validate())
+    assert learn.metrics[1].name == m().name
+
+
+@pytest.mark.parametrize('bad', [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize('kw', [{}, dict(binning='mass')], ids=str)
+@pytest.mark.parametrize('m', ALL)
+def test_ignored_rows_may_hold_anything(m, kw, bad):
+    "In p=randn(4,3), p[1]=nan, t=[0,-100,1,2] the others count"
+    if kw and m not in (ECE, ClasswiseECE): return
+    x, y = rows_of(4, 3), tensor([0, -100, 1, 2])
+    others, x[1] = [0, 2, 3], bad
+    learn = as_is(torch.cat([x, x]), torch.cat([y, y]), CrossEntropyLossFlat(), 4)
+    learn.metrics = m(**kw)
+    expected = dict(metrics_by_name)[type(learn.metrics[0])]
+    loss, value = learn.validate()
+    near(value, expected(x[others].double().softmax(1), y[others], **kw), 1e-9)
+    if m is NLL: near(value, loss, 1e-6)
+
+
+metrics_by_name = list(zip(ALL, MEASURES))
+
+
+@pytest.mark.parametrize('loss, y, act', [(nn.BCEWithLogitsLoss(), (rows_of(60, 4) > 0).float(), 'torch.sigmoid'), (F.cross_entropy, torch.arange(60) % 4, r'partial\(F.softmax, dim=1\)')], ids=['labels', 'classes'])
+def test_the_advice_for_logits_is_of_their_task(loss, y, act):
+    learn = as_is(3*rows_of(60, 4), y, loss, 20)
+    learn.metrics = NLL()
+    word = act.removeprefix('torch.') if 'sigmoid' in act else 'softmax'
+    with pytest.raises(ValueError, match=rf'apply {word} to logits first .* has no activation: pass act={act}\)'), learn.no_bar(): learn.validate()
+    learn.metrics = NLL(act=torch.sigmoid if word == 'sigmoid' else partial(F.softmax, dim=1))
+    near(*learn.validate(), atol=1e-6)
 
 
 def held(m): return len(pickle.dumps(m))
@@ -907,9 +1054,11 @@ def test_metrics_pickle(tmp_path):
 # ---------------------------------------------------------------- two processes
 
 def shared_learner():
-    "157 validation rows: the ranks get 79 and 78 of them, and one twice"
+    "157 validation rows: the ranks get 79 and 78 of them, and one twice; some are ignored, and nan"
     x, w = rows_of(189, 6), rows_of(6, 4, seed=1)
-    learn = quiet(Learner(tensor_dls(x, (x@w + 2*rows_of(189, 4, seed=2)).argmax(1), 16, 157), mlp(k=4), loss_func=CrossEntropyLossFlat(), opt_func=SGD))
+    y = (x@w + 2*rows_of(189, 4, seed=2)).argmax(1)
+    x[40::7], y[40::7] = NAN, -100
+    learn = quiet(Learner(tensor_dls(x, y, 16, 157), mlp(k=4), loss_func=CrossEntropyLossFlat(), opt_func=SGD))
     learn.metrics = [m for m, _ in metrics()]
     return learn
 
@@ -927,6 +1076,7 @@ def test_two_processes_measure_what_one_does():
     pytest.importorskip('accelerate')
     from fastai import distributed   # noqa: F401  before the fork
     one = shared_learner().validate()[1:]
+    assert all(map(math.isfinite, one))
     for values in in_processes(2, ranked): near(values, one, atol=1e-6)
 
 

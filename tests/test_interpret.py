@@ -1,7 +1,7 @@
 "CalibrationInterpretation: a table and pictures of how far probabilities can be believed: SPEC section 6."
 import functools, math, warnings
 
-import pytest
+import matplotlib.colors, pytest
 from fastai.text.all import language_model_learner, text_classifier_learner
 from fastai.vision.all import unet_learner
 from helpers import *
@@ -13,6 +13,7 @@ from fastai_smooth.learner import *
 from fastai_smooth.pilot import raw_preds
 from fastai_smooth.temperature import *
 
+PERFECT = ['if perfectly calibrated', 'at most (95%)']
 MEASURES = {'NLL': nll, 'Brier': brier_score, 'ECE': calibration_error, 'classwise ECE': classwise_calibration_error, 'smooth ECE': smooth_calibration_error}
 
 
@@ -104,7 +105,7 @@ def test_values_are_the_measures_of_predictions(make):
 @each
 def test_columns_n_and_t(make):
     learn, z, y, interp, res = found(make)
-    assert list(res.columns) == 'value low high floor floor_high n T'.split() and list(res.index.names) == ['measure', 'probabilities']
+    assert list(res.columns) == ['value', 'low', 'high', 'if perfectly calibrated', 'at most (95%)', 'n', 'T'] and list(res.index.names) == ['measure', 'probabilities']
     assert (res.n == 100).all()
     near(interp.temperature, best_temperature(z, y), 1e-4)
     for (_, when), t in res['T'].items(): near(t, 1. if when == 'raw' else interp.temperature)
@@ -113,15 +114,15 @@ def test_columns_n_and_t(make):
 
 
 @each
-def test_intervals_and_floors_are_those_of_the_calibration_functions(make):
+def test_intervals_and_perfect_models_are_those_of_the_calibration_functions(make):
     learn, z, y, interp, res = found(make)
     for when, p in ('raw', probs_of(z, y)), ('after T', probs_of(cross_fitted(z, y), y)):
         for name in 'NLL', 'ECE':
             row = res.loc[(name, when)]
             near((row.low, row.high), bootstrap_interval(MEASURES[name], p, y, n_boot=200), 1e-3)
-            near((row.floor, row.floor_high), null_floor(MEASURES[name], p, y, n_draws=200), 1e-3)
+            near(row[PERFECT], null_floor(MEASURES[name], p, y, n_draws=200), 1e-3)
             assert row.low <= row.value <= row.high
-    assert res.loc['accuracy'][['floor', 'floor_high']].isna().all().all()
+    assert res.loc['accuracy'][PERFECT].isna().all().all()
 
 
 @each
@@ -176,6 +177,25 @@ def test_each_label_the_worst_first():
     assert list(res['ECE raw']) == sorted(res['ECE raw'], reverse=True) and set(res.index) <= {'mild', 'noisy', 'random', '0', '1', '2'}
     near(res['positives'].sort_index(), y.mean(0))
     with pytest.raises(ValueError, match='by_label'): interpret(single()).summary(by_label=True)
+
+
+@pytest.mark.parametrize('y_shape', [(1, 6, 8), (6, 8)], ids=str)
+def test_masks_have_one_label(y_shape):
+    "(N,1,H,W) logits with masks (N,1,H,W) or (N,H,W): a row a pixel, of one label; pixels of an image belong together"
+    g = torch.Generator().manual_seed(0)
+    x = 3*torch.randn(40, 1, 6, 8, generator=g)
+    y = torch.bernoulli((x/3).sigmoid(), generator=g).reshape(40, *y_shape)
+    learn = tensor_learner(tensor_dls(x, y, n_valid=20), nn.Conv2d(1, 1, 1), BCEWithLogitsLossFlat())
+    with torch.no_grad(): learn.model.weight.fill_(1), learn.model.bias.zero_()
+    interp = interpret(learn)
+    p, t = x[20:].double().sigmoid().flatten(), y[20:].flatten()
+    near(interp.raw.flatten(), p), near(interp.targs.flatten(), t)
+    res = interp.summary(n_boot=100)
+    near(res.loc[('ECE', 'raw'), 'value'], calibration_error(p, t))
+    near(res.loc[('NLL', 'after T'), 'T'], best_temperature(torch.logit(p), t), 1e-4)
+    assert interp.items.tolist() == [i for i in range(20) for _ in range(48)]
+    assert len(interp.summary(by_label=True)) == 1
+    assert len(interp.plot_reliability(return_fig=True).axes) == 4
 
 
 def test_smoothed_losses_are_measured_on_hard_labels():
@@ -236,6 +256,46 @@ def test_confidences_of_right_and_wrong_decisions():
     near(xs, sorted([sure.mean(), (z.argmax(1) == y).double().mean()]), 1e-5)
 
 
+def ten_labels(): return made(10, labels_of(10, [.02*i for i in range(10)]), BCEWithLogitsLossFlat())
+
+
+def test_many_labels_are_a_grid():
+    "two labels side by side, the odd one alone; ten of them are no column of 31 inches"
+    interp = found(ten_labels)[3]
+    for n, rows in (10, 5), (5, 3), (1, 1):
+        fig = interp.plot_reliability(max_n=n, return_fig=True)
+        assert len(fig.axes) == 4*n and fig.axes[0].get_gridspec().nrows == 2*rows
+    width, height = interp.plot_reliability(max_n=10, return_fig=True).get_size_inches()
+    assert width < 12 and height < 18
+
+
+@each
+def test_what_a_picture_calls_a_probability(make):
+    interp = found(make)[3]
+    axs = interp.plot_reliability(return_fig=True).axes
+    assert {o.get_xlabel() for o in axs} == {'', 'confidence' if make is single else 'probability'}
+    assert {o.get_ylabel() for o in axs} >= {'accuracy' if make is single else 'share of positives'}
+    words = {o.get_text(): o.get_color() for o in axs[0].texts}
+    assert words == ({'underconfident': 'C0', 'overconfident': 'C1'} if make is single else {'too low': 'C0', 'too high': 'C1'})
+
+
+@each
+def test_right_is_green_and_wrong_is_red(make):
+    "each in shares of its own, on a linear axis, not one on top of the other"
+    learn, z, y, interp, _ = found(make)
+    fig = interp.plot_confidences(return_fig=True)
+    right = (z.argmax(1) == y) if make is single else ((z > 0) == (y == 1))
+    assert [o.get_text() for o in fig.legends[0].get_texts()] == [f'right ({right.sum():,})', f'wrong ({(~right).sum():,})', 'mean confidence', 'accuracy']
+    for ax, p in zip(fig.axes, (probs_of(z, y), probs_of(cross_fitted(z, y), y))):
+        assert ax.get_yscale() == 'linear'
+        assert [matplotlib.colors.to_hex(o.get_edgecolor()) for o in ax.patches] == [matplotlib.colors.to_hex(o) for o in ('C2', 'C3')]
+        sure = p.amax(1) if make is single else torch.maximum(p, 1-p)
+        low = .25 if make is single else .5
+        for patch, which in zip(ax.patches, (right, ~right)):
+            heights = np.histogram(sure[which], 20, (low, 1))[0] / int(which.sum())
+            near(patch.get_xy()[:, 1].max(), heights.max(), 1e-9)
+
+
 # ---------------------------------------------------------------- most_overconfident
 
 def test_most_overconfident_are_the_surest_wrong_ones():
@@ -246,7 +306,26 @@ def test_most_overconfident_are_the_surest_wrong_ones():
     probs, idx = interpret(learn).most_overconfident(5, show=False)
     assert idx.tolist() == expected[:5]
     near(probs, sure[idx])
-    assert interpret(learn).most_overconfident(10**4, show=False)[1].tolist() == expected
+    more = [i for i in expected if sure[i] > .5] # what it calls more likely wrong than right is no overconfidence
+    assert len(more) < len(expected)
+    assert interpret(learn).most_overconfident(10**4, show=False)[1].tolist() == more
+
+
+@pytest.mark.parametrize('make', [single, multi])
+def test_most_overconfident_goes_by_the_fitted_temperature(make):
+    "by the probabilities that get_preds gives"
+    learn = make()
+    if make is multi: learn.fit_temperature(per_label=True)
+    else: learn.fit_temperature()
+    p, y = learn.get_preds()
+    if make is single: sure, wrong = p.amax(1), p.argmax(1) != y
+    else: sure, wrong = torch.maximum(p, 1-p), (p > .5) != (y == 1)
+    sure = torch.where(wrong, sure, 0.).view(len(y), -1).amax(1)
+    probs, idx = interpret(learn).most_overconfident(10**4, show=False)
+    near(probs, sure[idx], 1e-5)
+    near(probs, sorted(sure[sure > .5].tolist(), reverse=True), 1e-5)
+    raw = learn.reset_temperature() and interpret(learn).most_overconfident(10**4, show=False)
+    assert len(raw[0]) > len(probs) if make is single else raw[1].tolist() != idx.tolist()
 
 
 def test_most_overconfident_of_labels():
@@ -295,8 +374,9 @@ def test_most_overconfident_shows_the_right_images(images, monkeypatch, which):
     sure, pred = p.max(1)
     wrong = torch.where(pred != y, sure, 0.)
     near(wrong[idx], probs, 1e-5)
-    near(probs, wrong.sort(descending=True)[0][:4], 1e-5)
-    assert len(plt.gcf().axes) >= 4
+    surest = wrong.sort(descending=True)[0][:4]
+    near(probs, surest[surest > .5], 1e-5)
+    assert len(plt.gcf().axes) >= len(idx) > 1
 
 
 def test_most_overconfident_leaves_the_loader_alone(images):

@@ -218,8 +218,8 @@ def unwrapped_options(s):
     return Smoothing(eps, None if s.prior is None else unwrapped('prior', s.prior), s.spread, s.multi_hot)
 
 def tensor_of(name, v):
-    "`v`, or a tensor of what is in its lists or array."
-    try: return torch.as_tensor(v)
+    "`v`, or a tensor of what is in its lists, array or DataFrame."
+    try: return torch.as_tensor(v.to_numpy().copy() if hasattr(v, "to_numpy") else v)  # pandas' own array may be read-only
     except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} must be a tensor, or numbers in lists or an array, got {type(v).__name__} ({e})") from None
 
 def logits(input):
