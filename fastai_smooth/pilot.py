@@ -148,6 +148,14 @@ class RawPreds(NamedTuple):
     rows:Tensor   # (N,) number of the prediction: with one a data item, of the item; else in the order of the data loader
     total:int     # number of predictions, of which these are some or all
 
+    def items(self,
+        dl:DataLoader # What was predicted
+    ) -> Tensor: # (N,)
+        "Numbers of the data items, such as images, that the rows belong to: rows of one item are not independent."
+        data = getattr(dl, 'dataset', None)
+        n = len(data) if hasattr(data, '__len__') else self.total
+        return self.rows // max(1, self.total // max(1, n))
+
 class _GatherRows(Callback):
     "Keeps logits and targets, or a sample of them"
     def __init__(self, max_numel, seed): self.max_numel,self.gen,self.kept,self.total = max_numel,torch.Generator().manual_seed(seed),[],0
