@@ -1,7 +1,7 @@
 "Pilots that leave no trace, and what they say about eps: SPEC section 6."
 import math, threading, warnings
 
-import pytest
+import matplotlib, pytest
 from scipy.stats import binomtest
 from helpers import *
 from fastai.callback.data import PartialDL, WeightedDL
@@ -382,9 +382,13 @@ def test_a_callback_that_cannot_be_copied_is_left_out_and_named_once():
     assert len(losses) == 32 and learn.locked.losses == losses and learn.locked.learn is learn
 
 
+class Exports(Callback):
+    def after_epoch(self): self.learn.export('ckpt.pkl')
+
+
 class Saves(Callback):
     "Keeps the last epoch, and goes back to it"
-    def after_epoch(self): self.learn.save('ckpt'), self.learn.save(self.where/'far'), self.learn.export('ckpt.pkl')
+    def after_epoch(self): self.learn.save('ckpt'), self.learn.save(self.where/'far')
     def after_fit(self): self.learn.load('ckpt'); self.learn.load(self.where/'far')
 
 
@@ -394,8 +398,9 @@ def test_what_a_pilot_saves_is_kept_apart(tmp_path):
     learn.path = tmp_path
     learn.add_cb(Saves()).saves.where = tmp_path
     learn.fit(1)
+    learn.add_cb(Exports())
     files = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-    assert {p.name for p in files} == {'ckpt.pth', 'far.pth', 'ckpt.pkl'}
+    assert {p.name for p in files} == {'ckpt.pth', 'far.pth'}
     with pilot(learn) as trial:
         trial.fit(1)
         after = weights(trial)
@@ -561,8 +566,8 @@ def by_hand(learn, n, eps=0., lr=None, seed=42, ds_idx=1, **options):
 def test_closed_form_is_the_validation_error_of_a_pilot():
     "times K/(K-1)"
     learn = single()
-    z, y = by_hand(learn, 6)
-    found = find(learn, 20, cap=1.)
+    z, y = by_hand(learn, 24)
+    found = find(learn, 80, cap=1.)
     wrong = int((z.argmax(1) != y).sum())
     assert 0 < wrong < 60
     near(found.valid_error, wrong/120)
@@ -577,8 +582,8 @@ def test_closed_form_is_the_validation_error_of_a_pilot():
 def test_closed_form_of_labels_is_the_share_of_wrong_ones():
     "the eps of 1-eps and eps"
     learn = multi()
-    z, y = by_hand(learn, 6)
-    found = find(learn, 20, cap=1.)
+    z, y = by_hand(learn, 24)
+    found = find(learn, 80, cap=1.)
     error = ((z > 0) != (y == 1)).double().mean().item()
     assert 0 < error < .5
     near(found.eps, error), near(found.valid_error, error)
@@ -590,7 +595,7 @@ def test_closed_form_of_labels_is_the_share_of_wrong_ones():
 @pytest.mark.parametrize('make, cap, expected', [(single, .05, .05), (multi, .05, .025)])
 def test_the_cap_warns(make, cap, expected):
     "half of it for labels"
-    with pytest.warns(UserWarning, match='cut'): found = find(make(), 2, cap=cap)
+    with pytest.warns(UserWarning, match='cut'): found = find(make(), 80, cap=cap)
     near(found.eps, expected)
     assert 'cut' in found.verdict and found.eps_interval[1] <= expected + 1e-12
 
@@ -598,7 +603,7 @@ def test_the_cap_warns(make, cap, expected):
 def test_no_warning_below_the_cap():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        find(single(), cap=1.)
+        find(single(), 80, cap=1.)
 
 
 @pytest.mark.parametrize('n_epoch, share, n', [(10, .3, 3), (1, .3, 1), (5, .3, 2), (3, 1., 3), (10, .06, 1)])
@@ -692,10 +697,10 @@ def test_scores_of_the_grid(make):
     learn, epss = make(), [0., .1, .3]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        found = find(learn, 10, full=True, epss=[.3, .1])
+        found = find(learn, 80, full=True, epss=[.3, .1])
     scores = found.scores
     assert list(scores.eps) == epss
-    preds = [by_hand(learn, 3, eps) for eps in epss]
+    preds = [by_hand(learn, 24, eps) for eps in epss]
     rows = torch.stack([row_nll(*o) for o in preds])
     near(scores.nll, rows.mean(1), 1e-5)
     behind = rows - rows[rows.mean(1).argmin()]
@@ -735,6 +740,110 @@ def test_default_grids():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             assert list(find(make(), 1, full=True).scores.eps) == grid
+
+
+# ---------------------------------------------------------------- pilots that have not learnt
+
+def digits(noise=0., n=1500, n_valid=None, multi=False, seed=0):
+    "A Learner on real digits, a share `noise` of the labels any of the ten; `multi`: is it above 4, odd, 0 or 1, a multiple of 3?"
+    g = torch.Generator().manual_seed(seed)
+    idx, y = torch.randperm(len(DIGITS.target), generator=g)[:n], tensor(DIGITS.target)
+    y = torch.where(torch.rand(len(y), generator=g) < noise, torch.randint(10, (len(y),), generator=g), y)
+    if multi: y = torch.stack([y > 4, y % 2 == 1, y < 2, y % 3 == 0], 1).float()
+    x = tensor(DIGITS.data/16).float()[idx]
+    model = reseeded(lambda: nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 4 if multi else 10)))
+    return quiet(Learner(shuffled(x, y[idx], ifnone(n_valid, n//3)), model, BCEWithLogitsLossFlat() if multi else CrossEntropyLossFlat(), lr=.01, path=Path('/tmp')))
+
+
+def shuffled(x, y, n_valid):
+    items = list(zip(x, y))
+    return DataLoaders(DataLoader(items[n_valid:], bs=64, shuffle=True, num_workers=0), DataLoader(items[:n_valid], bs=64, num_workers=0), device=CPU)
+
+
+def is_default(found, eps):
+    return (found.eps == eps and not found.learnt and found.verdict.startswith('the default, as the pilot has not learnt') and math.isnan(found.noise)
+            and all(map(math.isnan, (*found.noise_interval, *found.eps_interval))) and 0 < found.valid_error < 1)
+
+
+@pytest.mark.parametrize('noise', [0., .2, .4])
+def test_a_pilot_that_has_learnt_noisy_labels(noise):
+    "its error is large, and says how many of them are random"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'the validation error of the pilot is')
+        warnings.filterwarnings('error', 'eps=')
+        found = find(digits(noise), 10)
+    near(found.eps, min(.4, found.valid_error*10/9))
+    assert found.learnt and found.verdict.startswith('closed form')
+    near(found.noise, noise, .06)
+
+
+UNLEARNT = dict(untrained=dict(fit=noop), few_epochs=dict(n_epoch=3, lr=1e-3), small_lr=dict(n_epoch=10, lr=1e-3), tiny_lr=dict(n_epoch=10, lr=1e-5))
+
+
+@pytest.mark.parametrize('multi', [False, True])
+@pytest.mark.parametrize('name', ['untrained', 'few_epochs', 'small_lr', 'tiny_lr'])
+def test_a_pilot_that_has_not_learnt(name, multi):
+    "900 clean images: the default, with the reason, and no word on noise"
+    with pytest.warns(UserWarning, match='the default, as the pilot has not learnt.*longer'): found = find(digits(n=900, multi=multi), **UNLEARNT[name])
+    assert is_default(found, .05 if multi else .1)
+    if name != 'few_epochs': assert ('last third' in found.verdict) == (name == 'small_lr')
+
+
+def test_the_cap_holds_for_the_default():
+    with pytest.warns(UserWarning, match='not learnt'): assert is_default(find(digits(n=300), fit=noop, cap=.04), .04)
+
+
+def test_a_grid_of_pilots_that_have_not_learnt():
+    "is no evidence, whatever its scores"
+    with pytest.warns(UserWarning, match='not learnt'): found = find(digits(n=900), 3, 1e-3, full=True, epss=[.2, .9])
+    assert is_default(found, .1) and found.scores.eps.tolist() == [0., .2, .9]
+    assert is_default(tune._of_grid(found, frame([.1, .01, 0., .05], [.02, .02, 0., .02])), .1)
+
+
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('n_valid', [1, 2])
+def test_hardly_any_validation_data(full, n_valid):
+    with pytest.warns(UserWarning, match='not learnt'): found = find(digits(n=300, n_valid=n_valid), 10, full=full)
+    assert found.eps == .1 and not found.learnt
+
+
+def errors_of(train, valid):
+    "`_Errors` of a training with these errors in its thirds, and validations: (after which third, error); each of 1,000 decisions"
+    res = tune._Errors()
+    res.train = [(tensor(round(1000*e)), 1000) for e in train]
+    res.valid = [(at, [(tensor(round(1000*e)), 1000)]) for at, e in valid]
+    return res
+
+
+def why(error, errors, k=10):
+    "For a validation error of 1,000 rows of `k` equal classes"
+    found = FIRST._replace(eps=error*k/(k-1), valid_error=error, valid_error_interval=(error - .03, error + .03))
+    return tune._why_not_learnt(found, .1, errors, torch.arange(1000) % k, k)
+
+
+def test_when_a_pilot_has_not_learnt():
+    flat = errors_of([.5, .31, .3], [(1, .4), (2, .31), (3, .3)])
+    assert why(.3, flat) is None
+    assert 'near 0.90' in why(.7, flat)                                                   # above 3/4 of .9
+    assert 'near 0.50' in why(.48, flat, k=2)                                             # its interval reaches .5
+    assert 'training error still fell from 0.45 to 0.30' in why(.3, errors_of([.6, .45, .3], [(3, .3)]))
+    assert 'validation error still fell from 0.40 to 0.30' in why(.3, errors_of([.5, .31, .3], [(1, .6), (2, .4), (3, .3)]))
+    assert why(.3, errors_of([.4, .25, .1], [(2, .31), (3, .3)])) is None                 # rows that it knows by heart
+    assert why(.09, errors_of([.6, .3, .1], [(3, .1)])) is None                           # what is too large is less than the default
+    assert why(.3, errors_of([], [])) is None                                             # trained before
+    found = FIRST._replace(valid_error=.3, valid_error_interval=(.2, .45))
+    few = errors_of([.5, .31, .3], [(2, .44)])
+    assert tune._why_not_learnt(found, .1, few, torch.arange(8) % 10, 10) is None         # of 8 rows: within a standard error
+    assert tune._why_not_learnt(found, .1, few, torch.arange(50) % 10, 10)
+
+
+def test_a_suggestion_prints_as_a_sentence():
+    assert isinstance(FIRST, tuple) and FIRST[0] == FIRST.eps == .3 and FIRST._fields[:2] == ('eps', 'eps_interval')
+    assert repr(FIRST) == str(FIRST) == ('eps=0.300 [0.200, 0.400] (closed form). The validation error of the pilot is 0.200 [0.100, 0.300]; '
+                                         '0.100 [0.000, 0.200] of the labels are random.')
+    assert repr(tune._of_grid(FIRST, frame([.1, .01, 0., .05], [.02, .02, 0., .02]))).endswith(' 4 pilots: see scores.')
+    nan = FIRST._replace(noise=math.nan, eps_interval=(math.nan, math.nan), verdict='the default')
+    assert repr(nan) == 'eps=0.300 (the default). The validation error of the pilot is 0.200 [0.100, 0.300]; it cannot tell how many labels are random.'
 
 
 # ---------------------------------------------------------------- what pilots smooth with
@@ -797,13 +906,13 @@ def test_the_package_s_own_loss_of_labels():
 
 def test_a_temperature_of_the_learner_is_no_matter():
     "and a pilot is no training that it would warn of"
-    expected = find(single(), cap=1.)
+    expected = find(single(), 80, cap=1.)
     learn = single()
     learn.loss_func = tune.tempered(learn.loss_func, 3.)
     learn.add_cb(TemperatureReminder())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert find(learn, cap=1.)[:6] == expected[:6]
+        assert find(learn, 80, cap=1.)[:6] == expected[:6]
     assert learn.temperature == 3.
 
 
@@ -912,7 +1021,7 @@ def test_masked_classes_have_no_share_in_the_noise():
 
 def test_a_pilot_of_the_grid_that_diverges():
     def fit(trial):
-        trial.fit(1)
+        trial.fit_one_cycle(24)
         if trial.loss_func.eps: params(trial.model)[-1].data.fill_(math.nan)
     with pytest.warns(UserWarning, match='eps=0.2 diverged'): found = find(single(), full=True, epss=[.2], fit=fit)
     assert found.scores.eps.tolist() == [0.] and found.verdict.startswith('no evidence')
@@ -921,16 +1030,21 @@ def test_a_pilot_of_the_grid_that_diverges():
 
 # ---------------------------------------------------------------- plots, and no trace
 
-@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('kind', ['one', 'full', 'not_learnt', 'untrained'])
 @pytest.mark.parametrize('make', [single, multi])
-def test_a_figure_is_made(make, full):
+def test_a_figure_is_made(make, kind):
+    "that says what was found"
     plt.close('all')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        find(make(), 3, full=full, show_plot=True, **(dict(epss=[.1]) if full else {}))
-    assert len(plt.get_fignums()) == 1
+        found = find(make(), show_plot=True, **dict(one=dict(n_epoch=80), full=dict(n_epoch=80, full=True, epss=[.1]), not_learnt=dict(n_epoch=1), untrained=dict(fit=noop))[kind])
+    assert len(plt.get_fignums()) == 1 and found.learnt == (kind in ('one', 'full'))
     ax, = plt.gcf().axes
-    assert ax.get_xlabel() and ax.get_ylabel() and ax.get_legend() and len(ax.lines)
+    labels = ' '.join(o.get_text() for o in ax.get_legend().get_texts())
+    assert ax.get_xlabel() and ax.get_ylabel() and f'eps={found.eps:.3g}' in ax.get_title()
+    assert (f'suggested eps {found.eps:.3f}' if found.learnt else 'validation error') in labels
+    colors = {matplotlib.colors.to_hex(o.get_color()) for o in ax.lines}
+    assert not colors & {matplotlib.colors.to_hex(f'C{i}') for i in range(4)}   # they have meanings of their own
     plt.gcf().canvas.draw()
     plt.close('all')
     find(single(), 1, cap=1.)
