@@ -123,11 +123,11 @@ class _Errors(Callback):
         return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]
 
     def falls(self, error, n):
-        "How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; that of training, unless it is below, as of rows known by heart"
+        "How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; that of training, unless it is far below, as of rows known by heart"
         _,mid,last = self.thirds()
         training = _Fall('training', _share(mid), _share(last), sum(n for _,n in last))
         before = [_share(o) for at,o in self.valid if at <= 2*len(self.train)/3]
-        return [training]*(training.after > error - _standard_error(error, n)) + [_Fall('validation', o, error, n) for o in before[-1:]]
+        return [training]*(training.after > .75*error) + [_Fall('validation', o, error, n) for o in before[-1:]]
 
 def _standard_error(error, n): return math.sqrt(error*(1-error)/n)
 
@@ -246,7 +246,7 @@ def _of_grid(first, scores):
 
 # %% ../nbs/09_tune.ipynb #afd26e00
 def _mark_eps(ax, found):
-    ax.axvline(found.eps, color=plt.cm.viridis(.6), lw=2, label=f'suggested eps {_with_interval(found.eps, found.eps_interval)}')
+    ax.axvline(found.eps, color=plt.cm.viridis(0.), lw=2, label=f'suggested eps {_with_interval(found.eps, found.eps_interval)}')
     ax.set_title(f'Suggested: eps={found.eps:.3g}')
     ax.legend()
 
@@ -258,8 +258,8 @@ def _plot_pilot(found, logits, targs):
     ax.plot(etas, [_profile(*some, o) for o in etas], color='black', label='NLL of the pilot, with that share of random labels')
     ax.axvspan(*found.noise_interval, color='grey', alpha=.2, lw=0)
     ax.axvline(found.noise, color='grey', ls='--', label=f'random labels {_with_interval(found.noise, found.noise_interval)}')
-    ax.axvspan(*found.eps_interval, color=plt.cm.viridis(.6), alpha=.2, lw=0)
-    ax.set(xlabel='share of random labels; eps', ylabel='NLL (nats)')
+    ax.axvspan(*found.eps_interval, color=plt.cm.viridis(0.), alpha=.2, lw=0)
+    ax.set(xlabel='share of random labels, or eps', ylabel='NLL (nats)')
     _mark_eps(ax, found)
 
 def _plot_errors(found, chance, errors):
