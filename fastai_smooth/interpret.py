@@ -17,7 +17,7 @@ from .callback import _unmixed
 from .kernels.checks import check_whole
 from .losses import untempered
 from .pilot import RawPreds, pilot, raw_preds
-from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted, row_nll
+from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted, row_nll, temperature_of
 
 # %% ../nbs/08_interpret.ipynb #ff27fd2a
 _UNDER,_OVER,_RIGHT,_WRONG = 'C0','C1','C2','C3'
@@ -68,15 +68,14 @@ class CalibrationInterpretation(Interpretation):
         _check_activation(untempered(_unmixed(learn.loss_func)), preds.logits, preds.targs)
         self.logits,self.targs,self.rows,self.total = preds
         self.logits = self.logits.double()
-        self.multi,self.fitted = self.targs.ndim == self.logits.ndim and self.targs.ndim == 2,learn.temperature != 1.
-        self.temperature = learn.temperature if self.fitted else best_temperature(self.logits, self.targs) or 1.
+        self.multi,self.fitted = self.targs.ndim == self.logits.ndim and self.targs.ndim == 2,temperature_of(learn) != 1.
+        self.temperature = temperature_of(learn) if self.fitted else best_temperature(self.logits, self.targs) or 1.
         scaled = self.logits/torch.as_tensor(self.temperature, dtype=torch.double) if self.fitted else cross_fitted(self.logits, self.targs)
         self.raw,self.after = self._probs(self.logits),self._probs(scaled)
         vocab = L(getattr(dl, 'vocab', None))
         if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1])
         self.vocab = vocab if self.logits.ndim == 2 and len(vocab) == self.logits.shape[1] else L(range(self.logits.shape[-1])).map(str)
-        n = len(dl.dataset) if hasattr(dl, 'dataset') else self.total
-        self.items = self.rows // max(1, self.total // max(1, n)) # rows of one item are not independent
+        self.items = preds.items(dl)
         super().__init__(learn, dl, row_nll(self.logits, self.targs))
 
     def __getitem__(self, idxs):

@@ -85,9 +85,10 @@ def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
 
 def _with_temperature_of(learn, loss):
     "`loss`, with the temperature of `learn` where one was fitted."
-    t = getattr(getattr(_unmixed(learn.loss_func), 'activation', None), 'temperature', None)
+    fitted = getattr(_unmixed(learn.loss_func), 'activation', None)
+    t = getattr(fitted, 'temperature', None)
     if t is None: return loss
-    if hasattr(loss, 'activation'): return tempered(loss, t)
+    if hasattr(loss, 'activation'): return tempered(loss, t, fitted.interval)
     warn(f'the temperature {t} is dropped: {_name(loss)} has no activation to keep it in')
     return loss
 

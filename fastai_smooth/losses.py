@@ -11,7 +11,7 @@ from fastai.basics import *
 import inspect
 from .kernels import functional as K
 from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows, class_axis, warn
-from .kernels.targets import Smoothing, label_axis
+from .kernels.targets import Smoothing, along, label_axis
 
 # %% ../nbs/01_losses.ipynb #50675ff6
 def _as_text(v):
@@ -311,15 +311,21 @@ class TemperedActivation:
     """The activation of `loss`, of logits that are divided by `temperature` first (Guo et al. 2017, arXiv:1706.04599).
 
     Called with logits, of any shape that `loss` takes; raises ValueError for another number of labels than `temperature` has values."""
+    interval = None # of what was pickled before there was one
     def __init__(self,
         loss, # The loss whose activation it is
-        temperature:float|list # One number above 0, or one a label along the last axis
-    ): self.loss,self.temperature = loss,temperature
+        temperature:float|list, # One number above 0, or one a label, along the axis that the labels of `loss` have
+        interval:tuple|list=None # Of 95% for `temperature`: low, high; or a list of them
+    ): self.loss,self.temperature,self.interval = loss,temperature,interval
 
-    def __call__(self, x):
-        t = self.temperature
-        if isinstance(t, list) and len(t) != x.shape[-1]: raise ValueError(f'temperature has {len(t)} values, the logits have {x.shape[-1]} labels')
-        return self.loss.activation(x / (torch.as_tensor(t, dtype=x.dtype, device=x.device) if isinstance(t, list) else t))
+    def __call__(self, x): return self.loss.activation(x / (self._of_labels(x) if isinstance(self.temperature, list) else self.temperature))
+
+    def _of_labels(self, x):
+        "The temperatures, to divide `x` by"
+        t,axis = torch.as_tensor(self.temperature, dtype=x.dtype, device=x.device),_label_axis_of(self.loss, x.ndim)
+        k = 1 if axis is None else x.shape[axis]
+        if len(t) != k: raise ValueError(f'temperature has {len(t)} values, the logits have {k} labels')
+        return t if axis is None else along(t, axis, x.ndim)
 
 def untempered(
     loss # A loss, of `tempered` or not
@@ -329,9 +335,10 @@ def untempered(
 
 def tempered(
     loss, # A loss with an `activation`; is left as it is
-    temperature:float|list # One number above 0, or one a label along the last axis
+    temperature:float|list, # One number above 0, or one a label, along the axis that the labels of `loss` have
+    interval:tuple|list=None # Of 95% for `temperature`, to be kept with it
 ) -> Callable: # A loss
-    """A copy of `loss` whose activation is a `TemperedActivation`; for a temperature of 1, the original.
+    """A copy of `loss` whose activation is a `TemperedActivation`; for a temperature of 1 without an interval, the original.
 
     Raises TypeError for a loss that has no activation and for a temperature that is no number, ValueError for one that is not
     above 0 and for an empty list."""
@@ -339,9 +346,9 @@ def tempered(
     if isinstance(temperature, Tensor) and temperature.dim(): temperature = temperature.tolist()
     if isinstance(temperature, list) and not temperature: raise ValueError('temperature needs a value a label, got an empty list')
     for t in temperature if isinstance(temperature, list) else [temperature]: check_number('temperature', t, 0, math.inf, strictly=True)
-    if temperature == 1: return original
+    if temperature == 1 and interval is None: return original
     if not hasattr(loss, 'activation'): raise TypeError(f'{getattr(loss, "__name__", type(loss).__name__)} has no activation to keep a temperature in')
     res = deepcopy(loss)
     if isinstance(res, nn.Module): res._modules.pop('activation', None)
-    res.activation = TemperedActivation(original, temperature)
+    res.activation = TemperedActivation(original, temperature, interval)
     return res

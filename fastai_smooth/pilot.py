@@ -10,10 +10,13 @@ from fastai.basics import *
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import TrackerCallback
 import io
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from urllib.parse import quote
+from weakref import WeakSet
 from .calibration import prediction_rows
 from .callback import _unmixed
-from .kernels.checks import check_whole
+from .kernels.checks import check_whole, warn
 
 # %% ../nbs/06_pilot.ipynb #fdf0ff18
 _LOGGERS = {f'fastai.callback.{o}' for o in ('wandb','tensorboard','neptune','comet','azureml','captum')}
@@ -27,10 +30,19 @@ def _saved_and_loaded(o):
     f.seek(0)
     return torch.load(f, weights_only=False)
 
+def _deepcopied(o, memo):
+    "A deepcopy that leaves `memo` as it was where it fails: what it knows by address may be gone by then."
+    before = dict(memo)
+    try: return deepcopy(o, memo)
+    except Exception:
+        memo.clear()
+        memo.update(before)
+        raise
+
 def _copied_parts(learn, memo):
     "Copies of model, opt_func, opt, loss_func that hold each other; `memo` knows them from then on."
     parts = learn.model,learn.opt_func,learn.opt,learn.loss_func
-    try: return deepcopy(parts, memo)
+    try: return _deepcopied(parts, memo)
     except Exception as e:
         try: res = _saved_and_loaded(parts)
         except Exception as e2: raise TypeError(f'this Learner can be copied neither by deepcopy ({type(e).__name__}: {e}) nor by '
@@ -39,50 +51,72 @@ def _copied_parts(learn, memo):
     if isinstance(learn.model, nn.Module): memo.update({id(old):new for old,new in zip(learn.model.modules(), res[0].modules())})
     return res
 
-def _copied_cb(cb, memo):
-    try: return deepcopy(cb, memo)
-    except Exception: return copy(cb)
+_told = WeakSet() # callbacks that a warning has named
 
-def _fresh_dl(dl):
-    "Another loader of the same data, where `new` is known to make just that; else `dl`, whose random state `pilot` puts back"
-    return dl.new() if type(dl) in (DataLoader,TfmdDL) or 'new' in vars(type(dl)) else dl
+def _warn_left_out(cbs):
+    names = ', '.join(cb.name for cb in cbs if cb not in _told)
+    _told.update(cbs)
+    if names: warn(f'trial trainings and predictions are made without the callbacks {names}: deepcopy refuses them, and shared ones would keep what they see there', 5)
 
-def _copied(learn, train):
-    "`learn` over again; its model is shared unless it is to `train`."
+def _own_cbs(learn, memo):
+    "Copies of the callbacks that may change what is trained."
+    res,left_out = [],[]
+    for cb in learn.cbs:
+        if isinstance(cb, Recorder): res.append(Recorder()) # an empty one: others ask for it
+        elif not _records(cb):
+            try: res.append(_deepcopied(cb, memo))
+            except Exception: left_out.append(cb)
+    _warn_left_out(left_out)
+    return res
+
+def _own_dl(dl, memo):
+    "Another loader of the same data set, which shares no random state, sampler or workers with `dl`"
+    if type(dl) in (DataLoader,TfmdDL) or 'new' in vars(type(dl)): return dl.new() # other loaders of fastai's lose there what they are
+    res = copy(dl)
+    memo = {**memo, id(dl):res, id(dl.dataset):dl.dataset}
+    running = {k:None for k in ('it','_iterator') if k in vars(dl)} # of an epoch that was not finished, or of persistent workers
+    try: vars(res).update({k:deepcopy(v, memo) for k,v in vars(dl).items() if k not in running} | running)
+    except Exception as e: raise TypeError(f'a pilot needs data loaders of its own, and this {type(dl).__name__} cannot be copied '
+                                           f'({type(e).__name__}: {e}): is there something in its sampler that deepcopy refuses?') from e
+    return res
+
+# %% ../nbs/06_pilot.ipynb #filesown
+def _is_name(file): return isinstance(file, (str,Path))
+
+def _aside(folder, file): return folder/quote(str(file), safe='') # one name, also of a path that leads elsewhere
+
+def _saved_aside(learn, folder, file, **kwargs):
+    "Like `Learner.save`, in `folder`; nothing is written to a file that is open already"
+    return type(learn).save(learn, _aside(folder, file), **kwargs) if _is_name(file) else file
+
+def _loaded_aside(learn, folder, file, **kwargs):
+    "Like `Learner.load`, of what `_saved_aside` saved under that name, or else of the user's file"
+    saved = _is_name(file) and Path(f'{_aside(folder, file)}.pth').exists()
+    return type(learn).load(learn, _aside(folder, file) if saved else file, **kwargs)
+
+def _keep_files_apart(learn, folder):
+    "What `learn` saves goes to `folder`; what it exports goes nowhere"
+    learn.save,learn.load = partial(_saved_aside, learn, folder),partial(_loaded_aside, learn, folder)
+    for o in ('export','save_encoder'):
+        if hasattr(type(learn), o): setattr(learn, o, noop)
+
+# %% ../nbs/06_pilot.ipynb #copied00
+def _copied(learn, train, folder):
+    "`learn` over again, with files in `folder`; its model and data loaders are shared unless it is to `train`."
     res = copy(learn)
     memo = {id(learn):res, id(learn.dls):learn.dls} | {id(dl):dl for dl in learn.dls.loaders}
     if train:
-        res.dls = copy(learn.dls)
-        res.dls.loaders = [_fresh_dl(dl) for dl in learn.dls.loaders]
-        memo[id(learn.dls)] = res.dls
+        memo[id(learn.dls)] = res.dls = copy(learn.dls)
+        res.dls.loaders = [_own_dl(dl, memo) for dl in learn.dls.loaders]
         res.model,res.opt_func,res.opt,res.loss_func = _copied_parts(learn, memo)
     else: memo |= {id(o):o for o in (learn.model,learn.opt,learn.loss_func)}
     for cb in learn.cbs: res.__dict__.pop(cb.name, None)
     res.cbs,res._metrics,res.logger = L(),L(),noop
-    for cb in learn.cbs:
-        if isinstance(cb, Recorder): res.add_cb(Recorder()) # an empty one: others ask for it
-        elif not _records(cb): res.add_cb(_copied_cb(cb, memo))
+    for cb in _own_cbs(learn, memo): res.add_cb(cb)
+    _keep_files_apart(res, folder)
     return res
 
 # %% ../nbs/06_pilot.ipynb #7deb57db
-def _generators(dl):
-    "torch generators of a data loader, fastai's or torch's, and of its samplers"
-    sampler = getattr(dl, 'sampler', None)
-    owners = dl,sampler,getattr(dl, 'batch_sampler', None),getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
-    return {g for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
-
-@contextmanager
-def _same_random_after(dls):
-    "The random states of data loaders are put back"
-    rngs = [(dl,dl.rng,dl.rng.getstate()) for dl in dls if hasattr(dl, 'rng')]
-    generators = [(g,g.get_state()) for dl in dls for g in _generators(dl)]
-    try: yield
-    finally:
-        for dl,rng,state in rngs:
-            dl.rng = rng # each epoch makes another one
-            rng.setstate(state)
-        for g,state in generators: g.set_state(state)
-
 @contextmanager
 def pilot(
     learn:Learner, # Is left as it is, whatever happens inside
@@ -90,18 +124,19 @@ def pilot(
     train:bool=True, # A model and data loaders of its own? Else only to predict with
 ) -> Iterator[Learner]: # For `with`: the copy
     """A Learner like `learn` to train or predict with: same weights, optimizer state, data and callbacks, but for those that log, save
-    or stop early. It has no metrics and prints no table.
+    or stop early, and for those that `deepcopy` refuses, which it names in a warning. It has no metrics and prints no table. What it
+    saves it can load inside, and no longer; it exports nothing.
 
-    Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders;
-    and random states. A training takes the memory of one more model, its gradients and its optimizer's state.
+    Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders, files;
+    and random states. Data sets are shared. A training takes the memory of one more model, its gradients and its optimizer's state.
 
-    Raises a TypeError where the model can't be copied or `seed` is no number, a ValueError for a seed that is not whole, and a
-    RuntimeError inside `distrib_ctx`, where each process would see its own part of the data, and come to its own result."""
+    Raises a TypeError where the model or a data loader can't be copied or `seed` is no number, a ValueError for a seed that is not whole,
+    and a RuntimeError inside `distrib_ctx`, where each process would see its own part of the data, and come to its own result."""
     if hasattr(learn, 'distributed_trainer'): raise RuntimeError('inside distrib_ctx each process sees its own part of the data: call this before or after it')
     check_whole('seed', seed)
     modes = {m:m.training for m in learn.model.modules()} if isinstance(learn.model, nn.Module) else {}
     try:
-        with no_random(seed), _same_random_after(learn.dls.loaders): yield _copied(learn, train)
+        with no_random(seed), TemporaryDirectory() as folder: yield _copied(learn, train, Path(folder))
     finally:
         for m,mode in modes.items(): m.training = mode
 
@@ -112,6 +147,14 @@ class RawPreds(NamedTuple):
     targs:Tensor  # (N,) class indices, or shaped like `logits`
     rows:Tensor   # (N,) number of the prediction: with one a data item, of the item; else in the order of the data loader
     total:int     # number of predictions, of which these are some or all
+
+    def items(self,
+        dl:DataLoader # What was predicted
+    ) -> Tensor: # (N,)
+        "Numbers of the data items, such as images, that the rows belong to: rows of one item are not independent."
+        data = getattr(dl, 'dataset', None)
+        n = len(data) if hasattr(data, '__len__') else self.total
+        return self.rows // max(1, self.total // max(1, n))
 
 class _GatherRows(Callback):
     "Keeps logits and targets, or a sample of them"
@@ -140,9 +183,9 @@ def raw_preds(
     out of range; a TypeError where they are no tensors; and a RuntimeError inside `distrib_ctx`."""
     if dl is None: dl = learn.dls[check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)]
     check_whole('max_numel', max_numel), check_whole('seed', seed)
-    with _same_random_after([dl]), pilot(learn, train=False) as quiet:
+    with pilot(learn, train=False) as quiet:
         quiet.loss_func = _unmixed(quiet.loss_func)
-        if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
+        dl = dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') else _own_dl(dl, {})
         items = None
         if hasattr(dl, 'get_idxs'): # texts, say, are sorted by length: keep their order to undo it
             items = list(dl.get_idxs())

@@ -11,13 +11,13 @@ from fastai.metrics import accuracy_multi
 from fastai.callback.schedule import *
 from typing import NamedTuple
 from scipy.optimize import brentq, minimize_scalar
-from .calibration import binomial_interval, bootstrap_interval
+from .calibration import binomial_interval, bootstrap_interval, prediction_rows
 from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback, _unmixed
 from .kernels.checks import check_number, check_whole
 from .learner import *
 from .learner import _name, _sigmoid_losses
 from .losses import *
-from .pilot import pilot, raw_preds
+from .pilot import RawPreds, pilot, raw_preds
 from .temperature import TemperatureReminder, best_temperature, check_logits, cross_fitted, row_nll, spread
 
 # %% ../nbs/09_tune.ipynb #5d86e3ae
@@ -62,8 +62,11 @@ def noise_estimate(
     return NoiseEstimate(eta, brentq(above, 0, eta, xtol=1e-3) if above(0.) > 0 else 0., brentq(above, eta, .999, xtol=1e-3) if above(.999) > 0 else 1.)
 
 # %% ../nbs/09_tune.ipynb #1d54f820
+def _with_interval(v, interval):
+    return f'{v:.3f}' if math.isnan(interval[0]) else '{:.3f} [{:.3f}, {:.3f}]'.format(v, *interval)
+
 class EpsSuggestion(NamedTuple):
-    "What `Learner.eps_find` found; intervals are of 95%."
+    "What `Learner.eps_find` found, printed as a sentence; intervals are of 95%. nan is what a pilot that has not learnt can't tell."
     eps:float                   # The suggestion, in [0,1]; of multi-label, in [0,1/2]
     eps_interval:tuple          # (low, high) from the pilot's error; for the grid, the values of eps that are as good
     noise:float                 # Share of validation labels that are random, as far as the pilot tells
@@ -72,6 +75,16 @@ class EpsSuggestion(NamedTuple):
     valid_error_interval:tuple  # (low, high)
     verdict:str                 # What the suggestion rests on
     scores:pd.DataFrame=None    # Of the grid, one row an eps: NLL in nats, how far behind the best, standard error, temperature, error
+
+    @property
+    def learnt(self): # bool
+        "Did the pilot learn enough for its error to say something about labels?"
+        return not math.isnan(self.noise)
+
+    def __repr__(self):
+        noise = _with_interval(self.noise, self.noise_interval) + ' of the labels are random' if self.learnt else 'it cannot tell how many labels are random'
+        return (f'eps={_with_interval(self.eps, self.eps_interval)} ({self.verdict}). The validation error of the pilot is '
+                f'{_with_interval(self.valid_error, self.valid_error_interval)}; {noise}.' + ('' if self.scores is None else f' {len(self.scores)} pilots: see scores.'))
 
 _smooth_sigmoids = LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat
 
@@ -91,10 +104,59 @@ def _smooth_by(learn, eps, options):
     if options: raise ValueError(f'{", ".join(options)}: {type(loss).__name__} has its own')
     learn.loss_func,loss.eps = loss,eps
 
-def _pilot_preds(learn, eps, fit, ds_idx, seed, options):
+def _wrong(logits, targs): return (logits > 0) != (targs > .5) if targs.ndim == logits.ndim else logits.argmax(1) != targs
+
+class _Errors(Callback):
+    "Keeps how many decisions are wrong, of how many: of each batch of the training; and of each validation, with how many batches were trained before it"
+    def __init__(self): self.train,self.valid,self.batches = [],[],[]
+    def before_validate(self): self.batches = []
+    def after_loss(self):
+        if self.learn._grab_cbs(LRFinder): return # its training is undone
+        logits,targs,keep = prediction_rows(self.pred, self.y, _unmixed(self.learn.loss_func))
+        wrong = _wrong(logits, targs)[keep]
+        (self.train if self.training else self.batches).append((wrong.sum(),wrong.numel())) # read later: a GPU need not wait
+    def after_validate(self): self.valid.append((len(self.train),self.batches))
+
+    def thirds(self):
+        "Of the training"
+        n = len(self.train)
+        return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]
+
+    def falls(self, error, n):
+        "How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; that of training, unless it is far below, as of rows known by heart"
+        _,mid,last = self.thirds()
+        training = _Fall('training', _share(mid), _share(last), sum(n for _,n in last))
+        before = [_share(o) for at,o in self.valid if at <= 2*len(self.train)/3]
+        return [training]*(training.after > .75*error) + [_Fall('validation', o, error, n) for o in before[-1:]]
+
+def _standard_error(error, n): return math.sqrt(error*(1-error)/n)
+
+def _share(batches):
+    "Of wrong decisions; nan where there are none"
+    n = sum(n for _,n in batches)
+    return sum(wrong.item() for wrong,_ in batches)/n if n else math.nan
+
+class _Fall(NamedTuple):
+    "What became of an error in the last third of a training."
+    name:str     # Whose error
+    before:float # A share of decisions
+    after:float  # At the end, a share
+    n:int        # Decisions that it is a share of
+
+    def steep(self, chance):
+        "Is it more than a seventh of all that was learnt, and more than its standard error?"
+        return self.before - self.after > max((chance-self.after)/7, _standard_error(self.after, self.n))
+
+class _Pilot(NamedTuple):
+    "What a pilot predicts, and how it came to it."
+    preds:RawPreds  # As (N,K), with targets
+    errors:_Errors  # In the course of its training
+
+def _run_pilot(learn, eps, fit, ds_idx, seed, options):
     "Train a copy of `learn` with `eps`, and predict; None if it diverged, which only the first pilot must not"
     with pilot(learn, seed) as trial:
         _smooth_by(trial, eps, {**_options_of(learn), **options})
+        trial.add_cb(errors := _Errors())
         fit(trial)
         preds = raw_preds(trial, ds_idx)
     if not _sound(preds.logits).any():
@@ -107,7 +169,7 @@ def _pilot_preds(learn, eps, fit, ds_idx, seed, options):
                                                       f'predictions {tuple(preds.logits.shape)}')
     wrong = preds.targs[(preds.targs != 0) & (preds.targs != 1)] if multi else ()
     if len(wrong): raise ValueError(f'eps_find needs labels of 0 and 1, got {wrong[0]:g}')
-    return preds._replace(logits=preds.logits[:,None], targs=preds.targs[:,None]) if preds.logits.ndim == 1 else preds
+    return _Pilot(preds._replace(logits=preds.logits[:,None], targs=preds.targs[:,None]) if preds.logits.ndim == 1 else preds, errors)
 
 def _sound(logits): return ~(logits.isnan() | (logits == math.inf)).view(len(logits), -1).any(1) # -inf masks a class
 
@@ -121,29 +183,47 @@ def _sound_rows(preds):
 def _error(logits, targs):
     "Share of wrong decisions, and its interval"
     if targs.ndim == 2:
-        probs,labels = torch.sigmoid(logits.double()),targs.long()
-        low,high = bootstrap_interval(accuracy_multi, probs, labels)
-        return ((probs > .5) != (labels == 1)).double().mean().item(),(1-high, 1-low)
-    wrong = (logits.argmax(1) != targs).sum().item()
+        low,high = bootstrap_interval(accuracy_multi, torch.sigmoid(logits.double()), targs.long())
+        return _wrong(logits, targs).double().mean().item(),(1-high, 1-low)
+    wrong = _wrong(logits, targs).sum().item()
     return wrong/len(targs),binomial_interval(wrong, len(targs))
 
-def _closed_form(logits, targs, cap):
-    "The suggestion from a pilot with eps=0"
-    multi = targs.ndim == 2
-    if multi: cap = cap/2 # (1-eps,eps) is what smoothing by 2*eps among two classes is
-    factor = 1. if multi else logits.shape[1]/max(1, logits.shape[1]-1)
+# %% ../nbs/09_tune.ipynb #notlearn
+def _chance(targs, k):
+    "Error of always naming the most frequent class; of labels, the more frequent value of each"
+    if targs.ndim == 2: return torch.minimum(targs.double().mean(0), 1-targs.double().mean(0)).mean().item()
+    return 1 - targs.bincount(minlength=k).max().item()/len(targs)
+
+def _why_not_learnt(found, default, errors, targs, k):
+    "Why the error of a pilot tells nothing about labels yet, in words; None where it does. One that still falls is too large, which matters above the `default`."
+    error,chance,multi,n = found.valid_error,_chance(targs, k),targs.ndim == 2,targs.numel()
+    if found.valid_error_interval[1] >= chance or not multi and error > .75*chance:
+        return f'its validation error {error:.2f} is near {chance:.2f}, that of always naming ' + ('the more frequent value of each label' if multi else 'the most frequent class')
+    fall = first(o for o in errors.falls(error, n) if found.eps > default and o.steep(chance))
+    if fall: return (f'in the last third of its training its {fall.name} error still fell from {fall.before:.2f} to {fall.after:.2f}, '
+                     f'by more than a seventh of all that it fell from chance, {chance:.2f}')
+
+# %% ../nbs/09_tune.ipynb #closedfo
+def _closed_form(logits, targs, cap, errors):
+    "The suggestion from a pilot with eps=0; the default of `to_smooth` where it has not learnt"
+    multi,k = targs.ndim == 2,logits.shape[1]
+    default,cap,factor = (.05,cap/2,1.) if multi else (.1,cap,k/max(1, k-1)) # (1-eps,eps) is what smoothing by 2*eps among two classes is
     error,interval = _error(logits, targs)
     eps,low,high = (min(cap, factor*o) for o in (error, *interval))
-    verdict = 'closed form: ' + ('share of wrong labels' if multi else 'validation error * K/(K-1)')
-    if eps == cap: verdict += f', cut to {cap:g}'
+    verdict = 'closed form: ' + ('share of wrong labels' if multi else 'validation error * K/(K-1)') + (f', cut to {cap:g}' if eps == cap else '')
+    found = EpsSuggestion(eps, (low,high), math.nan, (math.nan,math.nan), error, interval, verdict)
+    if why := _why_not_learnt(found, default, errors, targs, k):
+        return found._replace(eps=min(default, cap), eps_interval=(math.nan,math.nan), verdict=f'the default, as the pilot has not learnt: {why}')
     noise = noise_estimate(logits, targs)
-    return EpsSuggestion(eps, (low,high), noise.noise, noise[1:], error, interval, verdict)
+    return found._replace(noise=noise.noise, noise_interval=noise[1:])
 
 # %% ../nbs/09_tune.ipynb #95fad260
-def _warn_cut(found):
-    if ', cut to' in found.verdict:
+def _warn_of(found):
+    longer = 'Try a longer pilot (n_epoch, share)'
+    if not found.learnt: warnings.warn(f'eps={found.eps:g} is {found.verdict}. {longer}')
+    elif ', cut to' in found.verdict:
         warnings.warn(f'the validation error of the pilot is {found.valid_error:.2f}, so the suggestion is cut to {found.eps:g}: such errors say more about the model '
-                      'than about labels. Try a longer pilot (n_epoch), or full=True, which compares')
+                      f'than about labels. {longer}, or full=True, which compares')
 
 # %% ../nbs/09_tune.ipynb #8ca73774
 def _scores(epss, preds):
@@ -156,35 +236,53 @@ def _scores(epss, preds):
 
 def _of_grid(first, scores):
     "The suggestion from a grid, whose pilot with eps=0 said `first`"
-    good = scores.eps[scores.behind <= scores.se]
+    good = scores.eps[scores.behind <= scores.se.fillna(math.inf)] # one row has no standard error
     eps,verdict = float(good.min()),'the smallest eps within one standard error of the best'
-    if len(good) == len(scores):
-        _warn_cut(first)
-        return first._replace(verdict=f'no evidence: all of the grid are within one standard error of the best. So {first.verdict}', scores=scores)
+    if not first.learnt or len(good) == len(scores):
+        _warn_of(first)
+        return first._replace(verdict=('no evidence: all of the grid are within one standard error of the best. So ' if first.learnt else '') + first.verdict, scores=scores)
     if eps == scores.eps.max(): warnings.warn(f'the best eps is {eps:g}, the edge of the grid: add larger ones to epss=')
     return first._replace(eps=eps, eps_interval=(eps, float(good.max())), verdict=verdict, scores=scores)
 
 # %% ../nbs/09_tune.ipynb #afd26e00
+def _mark_eps(ax, found):
+    ax.axvline(found.eps, color=plt.cm.viridis(0.), lw=2, label=f'suggested eps {_with_interval(found.eps, found.eps_interval)}')
+    ax.set_title(f'Suggested: eps={found.eps:.3g}')
+    ax.legend()
+
 def _plot_pilot(found, logits, targs):
-    fig,ax = plt.subplots()
+    "How likely each share of random labels is, and the suggestion"
+    ax = plt.subplots()[1]
     etas = torch.linspace(0, max(.2, min(.95, 1.3*max(found.eps_interval[1], found.noise_interval[1]))), 25).tolist()
     some = _some(logits, targs, 10**5)
-    ax.plot(etas, [_profile(*some, o) for o in etas])
-    ax.axvspan(*found.noise_interval, color='C0', alpha=.15, lw=0)
-    ax.axvline(found.noise, color='C0', ls='--', label=f'random labels {found.noise:.3f}')
-    ax.axvspan(*found.eps_interval, color='C1', alpha=.15, lw=0)
-    ax.axvline(found.eps, color='C1', label=f'eps {found.eps:.3f}')
-    ax.set(xlabel='share of random labels', ylabel='NLL of the pilot, mixed with that share', title='Pilot with eps=0, with 95% intervals')
+    ax.plot(etas, [_profile(*some, o) for o in etas], color='black', label='NLL of the pilot, with that share of random labels')
+    ax.axvspan(*found.noise_interval, color='grey', alpha=.2, lw=0)
+    ax.axvline(found.noise, color='grey', ls='--', label=f'random labels {_with_interval(found.noise, found.noise_interval)}')
+    ax.axvspan(*found.eps_interval, color=plt.cm.viridis(0.), alpha=.2, lw=0)
+    ax.set(xlabel='share of random labels, or eps', ylabel='NLL (nats)')
+    _mark_eps(ax, found)
+
+def _plot_errors(found, chance, errors):
+    "How the error fell of a pilot that has not learnt"
+    ax,n = plt.subplots()[1],len(errors.train)
+    ax.stairs([_share(o) for o in errors.thirds()], [0, n/3, 2*n/3, n], baseline=None, color='grey', label='training error, by thirds')
+    ax.plot(*zip(*[(at,_share(o)) for at,o in errors.valid], (n,found.valid_error)), color='black', marker='o', label='validation error')
+    ax.axhline(chance, color='grey', lw=1, ls='--', label=f'error of the most frequent label {chance:.2f}')
+    ax.set(xlabel='training batches', ylabel='share of wrong decisions', ylim=(0, None), title=f'The pilot has not learnt: eps={found.eps:g} is the default')
     ax.legend()
 
 def _plot_grid(found):
-    fig,ax = plt.subplots()
-    s = found.scores
-    ax.errorbar(s.eps, s.behind, s.se, marker='o', capsize=3)
-    ax.axhline(0, color='grey', lw=1, ls='--')
-    ax.axvline(found.eps, color='C1', label=f'eps {found.eps:.3g}')
-    ax.set(xlabel='eps', ylabel='NLL after temperature, above the best', title='Pilots, with one standard error')
-    ax.legend()
+    "How far each eps is behind the best"
+    ax,s = plt.subplots()[1],found.scores
+    ax.errorbar(s.eps, s.behind, s.se, color='black', marker='o', capsize=3, label='pilots, with one standard error')
+    ax.axhline(0, color='grey', lw=1, ls='--', label='best pilot')
+    ax.set(xlabel='eps of the pilot', ylabel='validation NLL after temperature,\nabove the best (nats)')
+    _mark_eps(ax, found)
+
+def _plot(found, logits, targs, errors):
+    if not found.learnt: _plot_errors(found, _chance(targs, logits.shape[1]), errors)
+    elif found.scores is None: _plot_pilot(found, logits, targs)
+    else: _plot_grid(found)
 
 # %% ../nbs/09_tune.ipynb #3dff9c27
 def _grid(epss, multi):
@@ -234,15 +332,12 @@ def eps_find(self:Learner,
     epss = _grid(epss, _is_multi(untempered(_unmixed(self.loss_func))))
     n = max(1, round(share*n_epoch))
     if fit is None: fit = lambda o: o.fit_one_cycle(n, lr)
-    run = partial(_pilot_preds, self, fit=fit, ds_idx=ds_idx, seed=seed, options=kwargs)
-    preds = {eps:p for eps in (epss if full else [0.]) if (p := run(eps)) is not None}
-    epss,preds = list(preds),_sound_rows(preds.values())
-    first = preds[0]
-    found = _closed_form(first.logits, first.targs, cap)
-    if not full:
-        _warn_cut(found)
-        if show_plot: _plot_pilot(found, first.logits, first.targs)
-        return found
-    found = _of_grid(found, _scores(epss, preds))
-    if show_plot: _plot_grid(found)
+    run = partial(_run_pilot, self, fit=fit, ds_idx=ds_idx, seed=seed, options=kwargs)
+    pilots = {eps:p for eps in (epss if full else [0.]) if (p := run(eps)) is not None}
+    preds,errors = _sound_rows([p.preds for p in pilots.values()]),pilots[0.].errors
+    logits,targs,*_ = preds[0]
+    found = _closed_form(logits, targs, cap, errors)
+    if full: found = _of_grid(found, _scores(list(pilots), preds))
+    else: _warn_of(found)
+    if show_plot: _plot(found, logits, targs, errors)
     return found

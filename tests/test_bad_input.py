@@ -1473,7 +1473,8 @@ def check_found(a, found):
     logits, targs = predicted(a.multi)
     error = ((logits > 0) != (targs > .5)).double().mean().item() if a.multi else (logits.argmax(1) != targs).double().mean().item()
     compared(found.valid_error, error)
-    if not a.get('full'): compared(found.eps, min(a['cap']/2 if a.multi else a['cap'], error*(1 if a.multi else 3/2)))
+    cap, default, factor = (a['cap']/2, .05, 1) if a.multi else (a['cap'], .1, 3/2)
+    if not found.learnt or not a.get('full'): compared(found.eps, min(cap, error*factor if found.learnt else default))
 
 @subject('eps_find', find_call, check_found, {}, {'grid': bad_grid, 'use': bad_find},
          dict(n_epoch=[0, -1, NAN, INF, 'x', None, True, [3]], share=[0, -.1, 1.5, NAN, 'x', None], cap=[0, -.1, 1.5, NAN, 'x', None], ds_idx=[0, 2, -1, 'x', 1.5, None, NAN],

@@ -1,5 +1,5 @@
 "One number that mends confidence, fitted after training: SPEC section 6."
-import math, pickle, subprocess, sys, warnings
+import math, pickle, re, subprocess, sys, warnings
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -17,6 +17,7 @@ from fastai_smooth.all import (LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCr
 from fastai_smooth.interpret import CalibrationInterpretation
 from fastai_smooth.pilot import raw_preds
 from fastai_smooth.temperature import *
+from fastai_smooth.temperature import _fitted as fitted
 
 some = settings(max_examples=40, deadline=None, derandomize=True)
 D = torch.float64
@@ -193,6 +194,85 @@ def test_half_precision_logits(dtype):
 def test_integer_and_bool_labels():
     z, y = drawn(100, 3, kind='labels', t0=2.)
     assert best_temperature(z, y.bool()) == best_temperature(z, y.int()) == best_temperature(z, y)
+
+
+# ---------------------------------------------------------------- temperature_interval
+
+@kinds
+@pytest.mark.parametrize('n, t0', [(12, 1.), (200, 2.)])
+def test_interval_of_the_likelihood_ratio(kind, n, t0):
+    "all T with a NLL less than 1.92/N above the best one's, as a dense grid in numpy has them; of labels, each an interval of its own"
+    z, y = of_kind(kind, n=n, t0=t0)
+    for z, y in zip(z.T, y.T) if kind == 'labels' else [(z, y)]:
+        grid = np.exp(np.linspace(math.log(.02), math.log(50), 4001))
+        values = np.array([mean_nll(z/t, y) for t in grid])
+        inside = grid[values < values.min() + 1.9207/n]
+        low, high = temperature_interval(z, y)
+        near(math.log(low), math.log(inside[0]), 3e-3)
+        near(math.log(high), math.log(inside[-1]), 3e-3)
+        assert low < best_temperature(z, y) < high
+
+
+def test_no_interval_without_a_best_temperature():
+    z, y = drawn(50, 4)
+    assert temperature_interval(z, z.argmax(1)) is None and temperature_interval(torch.zeros(50, 4), y) is None
+
+
+def test_ends_that_the_data_do_not_limit():
+    "two rows, one of them right: any T above some"
+    low, high = temperature_interval(tensor([[3., 0.], [2.5, 0.]]), tensor([0, 1]))
+    assert 0 < low < 1 and high == math.inf
+
+
+def drawn_labels(n, k, seed, together):
+    "Labels of sigmoid(z/2), those of a row all with the same luck or each with its own"
+    g = torch.Generator().manual_seed(seed)
+    z, luck = 3*torch.randn(n, k, generator=g, dtype=D), torch.rand(n, 1 if together else k, generator=g, dtype=D)
+    return z, (luck < (z/2).sigmoid()).double()
+
+
+def drawn_pixels(n, m, seed):
+    "m pixels of each of n images, alike, with the luck of the image: labels of softmax(z/2)"
+    g = torch.Generator().manual_seed(seed)
+    z = 3*torch.randn(n, 1, 4, generator=g, dtype=D) + torch.randn(n, m, 4, generator=g, dtype=D)
+    y = torch.searchsorted((z/2).softmax(2).cumsum(2), torch.rand(n, 1, 1, generator=g, dtype=D).expand(n, m, 1)).clamp(max=3)
+    return z.reshape(-1, 4), y.flatten(), torch.arange(n).repeat_interleave(m)
+
+
+COVERED = dict(rows=lambda i: drawn(30, 5, t0=2., seed=i), labels=lambda i: drawn_labels(100, 5, i, False), labels_together=lambda i: drawn_labels(40, 10, i, True),
+               pixels=lambda i: drawn_pixels(50, 20, i))
+
+
+@pytest.mark.parametrize('name', COVERED)
+def test_intervals_hold_the_truth(name):
+    "2, in 95% of draws: fewer than 86 of 100 has probability .0004"
+    found = [temperature_interval(*COVERED[name](i)) for i in range(100)]
+    assert sum(o is None or o[0] <= 2 <= o[1] for o in found) >= 86
+
+
+def test_pixels_are_not_independent():
+    "as if they were, the interval would miss the truth more often than not"
+    found = [(temperature_interval(*o), temperature_interval(*o[:2])) for o in map(COVERED['pixels'], range(60))]
+    assert sum(low <= 2 <= high for _, (low, high) in found) < 40
+    assert all(low < a and b < high for (low, high), (a, b) in found)
+
+
+def test_one_image_says_nothing_of_others():
+    z, y, _ = drawn_pixels(1, 50, 0)
+    y[::3] = (y[::3]+1) % 4
+    assert temperature_interval(z, y, torch.zeros(50)) == (0., math.inf)
+    with pytest.raises(ValueError, match='groups'): temperature_interval(z, y, torch.zeros(3))
+
+
+@pytest.mark.parametrize('n, before, after', [(5, .3, .08), (10, .2, .09), (20, .1, .11), (200, 0., .01)])
+def test_few_rows_do_no_harm(n, before, after):
+    "calibrated logits of 10 classes: the share of fits that cost more than .05 nats on new rows, with the best T and with the one that is used"
+    (new_z, new_y), cost = drawn(2000, 10, seed=10**6), []
+    for seed in range(100):
+        fit = fitted(*drawn(n, 10, seed=seed))
+        cost.append([mean_nll(new_z/t, new_y) - mean_nll(new_z, new_y) > .05 for t in (fit.best or 1., fit.used)])
+    best, used = np.mean(cost, axis=0)
+    assert best >= before and used <= after
 
 
 # ---------------------------------------------------------------- cross_fitted
@@ -452,6 +532,191 @@ def test_per_label_of_one_class_a_row():
     assert learn.loss_func is before and not learn.cbs.filter(risinstance(TemperatureReminder))
 
 
+# ---------------------------------------------------------------- how sure it is
+
+class Given(nn.Module):
+    "Gives logits as they are, times a parameter of 1"
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(()))
+    def forward(self, x): return x*self.one
+
+
+def given(z, y, loss=None, **kwargs):
+    "A Learner that predicts the logits `z` of its validation data"
+    z = z.float()
+    return Learner(tensor_dls(torch.cat([z[:4], z]), torch.cat([y[:4], y]), bs=64, n_valid=len(z)), Given(), ifnone(loss, CrossEntropyLossFlat()), **kwargs)
+
+
+def printed(capsys, learn, **kwargs):
+    with learn.no_bar(): learn.fit_temperature(**kwargs)
+    return capsys.readouterr().out
+
+
+def test_it_says_how_sure_it_is(capsys):
+    z, y = drawn(300, 4, t0=2.)
+    learn = given(z, y)
+    assert learn.temperature_interval is None
+    assert re.fullmatch(r'T=1.9\d, with a 95% interval from 1.[67]\d* to 2.[23]\d*, from 300 predictions\n', printed(capsys, learn))
+    near(learn.temperature_interval, temperature_interval(z, y), 1e-4)
+    assert learn.reset_temperature().temperature_interval is None
+    with learn.no_logging(): assert not printed(capsys, learn)
+
+
+def test_it_stays_1_where_the_interval_holds_1(capsys):
+    "probabilities, decisions and losses are bitwise those of before; nothing reminds of a temperature"
+    z, y = drawn(20, 4)
+    assert abs(best_temperature(z, y) - 1) > .1
+    learn = given(z, y)
+    with learn.no_bar(): probs, loss = learn.get_preds()[0], learn.loss_func
+    assert re.fullmatch(r'T stays 1: the best for 20 predictions is T=\S+, with a 95% interval from \S+ to \S+, which holds 1\n', printed(capsys, learn))
+    assert learn.temperature == 1. and not learn.cbs.filter(risinstance(TemperatureReminder))
+    near(learn.temperature_interval, temperature_interval(z, y), 1e-4)
+    with learn.no_bar(): same(learn.get_preds()[0], probs)
+    assert learn.reset_temperature().loss_func is loss
+
+
+def test_each_label_stays_1_by_its_own_interval(capsys):
+    z, y = drawn(40, 3, kind='labels')
+    z[:, 1] *= 6
+    learn = given(z, y, BCEWithLogitsLossFlat())
+    assert printed(capsys, learn, per_label=True).startswith('T stays 1 for 2 of 3 labels, whose 95% interval holds 1; the others have T from ')
+    assert learn.temperature[::2] == [1., 1.] and learn.temperature[1] > 2
+    assert [low <= 1 <= high for low, high in learn.temperature_interval] == [True, False, True]
+    near(learn.temperature_interval[1], temperature_interval(z[:, 1], y[:, 1]), 1e-4)
+    same(learn.get_preds()[0][:, 0], z[:, 0].float().sigmoid())
+
+
+def test_labels_that_all_stay_1_are_no_temperature():
+    learn = given(*drawn(40, 3, kind='labels'), BCEWithLogitsLossFlat())
+    with learn.no_bar(): learn.fit_temperature(per_label=True)
+    assert learn.temperature == [1., 1., 1.] and not learn.cbs.filter(risinstance(TemperatureReminder))
+
+
+def test_pixels_of_an_image_count_together():
+    "20 images: the temperature stays 1, though as many rows by themselves would move it"
+    z, y, image = drawn_pixels(20, 64, 1)
+    images = [o.view(20, 8, 8, *o.shape[1:]) for o in (z, y)]
+    learn = given(images[0].movedim(-1, 1), images[1], CrossEntropyLossFlat(axis=1))
+    with learn.no_bar(): learn.fit_temperature()
+    near(learn.temperature_interval, temperature_interval(z, y, image), 1e-3)
+    low, high = learn.temperature_interval
+    alone = temperature_interval(z, y)
+    assert low < alone[0] and alone[1] < high
+
+
+@pytest.mark.parametrize('step', ['to_smooth', 'pickle'])
+def test_the_interval_goes_where_the_temperature_goes(step):
+    learn = given(*drawn(300, 4, t0=2.))
+    with learn.no_bar(): learn.fit_temperature()
+    expected = learn.temperature, learn.temperature_interval
+    if step == 'to_smooth': learn.to_smooth(.1)
+    if step == 'pickle': learn.loss_func = pickle.loads(pickle.dumps(learn.loss_func))
+    assert (learn.temperature, learn.temperature_interval) == expected
+
+
+def test_what_was_pickled_without_an_interval():
+    learn = given(*drawn(300, 4, t0=2.))
+    with learn.no_bar(): learn.fit_temperature()
+    del learn.loss_func.activation.interval
+    assert learn.temperature > 1.5 and learn.temperature_interval is None
+    assert learn.to_smooth().temperature > 1.5
+
+
+# ---------------------------------------------------------------- labels of images
+
+def test_images_of_one_label_have_one_temperature():
+    "calibrated (N,1,H,W) logits, and (N,H,W) ones: columns are no labels"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 1, 16, 16, generator=g)*2
+    y = torch.bernoulli(x.sigmoid(), generator=g)
+    for z, targs in ((x, y), (x, y[:, 0]), (x[:, 0], y[:, 0])):
+        learn = given(z*3, targs, BCEWithLogitsLossFlat())
+        with learn.no_bar():
+            learn.fit_temperature(per_label=True)
+            assert len(learn.temperature) == 1 and abs(learn.temperature[0] - 3) < .15
+            near(learn.get_preds()[0], (z*3/learn.temperature[0]).sigmoid(), 1e-6)
+
+
+@pytest.mark.parametrize('axis, loss', [(1, BCEWithLogitsLossFlat()), (2, BCEWithLogitsLossFlat(axis=2))], ids=['fastai', 'given'])
+def test_channels_have_a_temperature_each(axis, loss):
+    "along the axis of the labels: that of channels, or the one that the loss was given"
+    g, factor = torch.Generator().manual_seed(0), tensor([2., .5])
+    x = torch.randn(40, 2, 8, 8, generator=g)*2
+    y = torch.bernoulli(x.sigmoid(), generator=g)
+    z, y = ((o.movedim(1, axis)) for o in (x*factor[:, None, None], y))
+    learn = given(z, y, loss)
+    with learn.no_bar():
+        learn.fit_temperature(per_label=True)
+        near(learn.temperature, factor, .2)
+        near(learn.get_preds()[0].movedim(axis, -1), (z.movedim(axis, -1)/tensor(learn.temperature)).sigmoid(), 1e-6)
+
+
+# ---------------------------------------------------------------- names that others have taken
+
+class Distilled(Learner):
+    "Has a temperature of its own, as many have, set before fastai's __init__ or after it"
+    def __init__(self, *args, before, temperature=4., **kwargs):
+        if before: self.temperature = temperature
+        super().__init__(*args, **kwargs)
+        self.temperature,self.temperature_interval = temperature,'mine'
+
+
+@pytest.mark.parametrize('before', [True, False])
+def test_a_learner_with_a_temperature_of_its_own(before):
+    z, y = drawn(300, 4, t0=2.)
+    learn = quiet(Distilled(tensor_dls(z.float(), y, n_valid=299), Given(), CrossEntropyLossFlat(), before=before, label_smoothing=.1))
+    fit_seeded(learn, 1)
+    learn.fit_temperature()
+    assert learn.temperature == 4. and learn.temperature_interval == 'mine' and 1.6 < temperature_of(learn) < 2.4
+    assert CalibrationInterpretation.from_learner(learn).temperature == temperature_of(learn)
+    assert len(reminders(lambda: learn.fit(1, lr=0.))) == 1
+    learn.to_hard().reset_temperature()
+    del learn.temperature
+    assert learn.temperature == 1.
+
+
+class Temperature(Callback):
+    "fastai sets it as learn.temperature"
+
+
+def test_a_callback_of_that_name():
+    learn = given(*drawn(300, 4, t0=2.))
+    learn.add_cb(Temperature())
+    with learn.no_bar(): learn.fit_temperature()
+    assert isinstance(learn.temperature, Temperature) and temperature_of(learn) > 1.5
+    learn.remove_cb(Temperature)
+    assert learn.temperature == temperature_of(learn)
+
+
+# ---------------------------------------------------------------- data that it should not be fitted to
+
+def said_by(f):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        f()
+    return [str(o.message) for o in seen if o.category is UserWarning]
+
+
+@pytest.mark.parametrize('how', ['ds_idx', 'dl', 'new'])
+def test_training_data_warn(how):
+    learn = single()
+    kwargs = dict(ds_idx=dict(ds_idx=0), dl=dict(dl=learn.dls.train), new=dict(dl=learn.dls.train.new(shuffle=False)))[how]
+    message, = said_by(lambda: learn.fit_temperature(**kwargs))
+    assert 'training data' in message and not said_by(learn.fit_temperature)
+
+
+@both
+@pytest.mark.parametrize('per_label', [False, True])
+def test_a_model_that_was_not_trained_warns(make, per_label):
+    "once, whatever its random weights are"
+    learn = make()
+    for seed in range(5):
+        learn.model = mlp(k=learn.model[-1].out_features, seed=seed)
+        message, = said_by(partial(learn.fit_temperature, per_label=per_label and make is multi))
+        assert 'trained?' in message or 'no better than chance' in message
+
+
 # ---------------------------------------------------------------- with smoothing
 
 STEPS = dict(
@@ -567,7 +832,7 @@ def test_language_model(language_model):
     learn = language_model
     preds = raw_preds(learn)
     assert preds.logits.shape == (preds.total, len(VOCAB)) and preds.targs.shape == (preds.total,)
-    with torch.no_grad(): learn.model[1].decoder.weight *= 30
+    with torch.no_grad(): learn.model[1].decoder.weight *= 120 # T is far from 1, as four texts have a wide interval
     preds = raw_preds(learn)
     learn.fit_temperature()
     near(learn.temperature, best_by_search(preds.logits, preds.targs), 1e-4)
@@ -799,6 +1064,7 @@ def test_nothing_else_changes(what, mode):
 def test_a_loader_of_ones_own_keeps_its_random_state():
     "of fastai's, and of torch's with a generator"
     learn = shuffled_single()
+    sharp(learn.model)
     dl = DataLoader(learn.dls.valid.dataset, bs=32, shuffle=True, num_workers=0)
     state = dl.rng.getstate()
     learn.fit_temperature(dl=dl)
@@ -930,5 +1196,6 @@ def test_loaded_learner_turns_smoothing_off(images, tmp_path):
     learn.export(tmp_path/'m.pkl')
     learn.to_hard()
     loaded = load_learner(tmp_path/'m.pkl')
+    assert loaded.temperature_interval == learn.temperature_interval and loaded.temperature_interval[0] > 1
     assert loaded.to_hard().temperature == t
     assert type(loaded.reset_temperature().loss_func) is CrossEntropyLossFlat

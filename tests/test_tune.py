@@ -1,13 +1,14 @@
 "Pilots that leave no trace, and what they say about eps: SPEC section 6."
-import math, warnings
+import math, threading, warnings
 
-import pytest
+import matplotlib, pytest
 from scipy.stats import binomtest
 from helpers import *
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
+from fastai.callback.training import GradientAccumulation
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.tabular.all import tabular_learner
 from fastai.text.all import language_model_learner, text_classifier_learner
@@ -230,6 +231,66 @@ def test_a_sampler_with_a_generator_goes_on_as_if_there_had_been_no_pilot():
     check_leaves_no_trace(lambda: fitted(dls=sampler_dls), in_pilot)
 
 
+class NumpySampler(torch.utils.data.Sampler):
+    "An order of a generator of its own"
+    def __init__(self, n): self.n, self.gen = n, np.random.default_rng(3)
+    def __len__(self): return self.n
+    def __iter__(self): return iter(self.gen.permutation(self.n).tolist())
+
+
+class EpochSampler(NumpySampler):
+    "An order that goes with the epoch, which it counts"
+    epoch = 0
+    def __iter__(self):
+        self.epoch += 1
+        return iter(np.random.default_rng(self.epoch).permutation(self.n).tolist())
+
+
+class RandomDL(DataLoader):
+    "fastai's, with a generator of its own"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gen = np.random.default_rng(3)
+    def get_idxs(self): return self.gen.permutation(self.n).tolist()
+
+
+def first_loader(make):
+    "fitted() whose training batches `make(items)` gives"
+    def f():
+        learn = plain()
+        learn.dls.loaders[0] = make(learn.dls.train.dataset)
+        learn.fit_one_cycle(2)
+        return learn
+    return f
+
+
+def torch_loader(items, **kwargs): return torch.utils.data.DataLoader(items, batch_size=16, **kwargs)
+
+LOADERS = dict(numpy_sampler=lambda o: torch_loader(o, sampler=NumpySampler(len(o))), epoch_sampler=lambda o: torch_loader(o, sampler=EpochSampler(len(o))),
+               batch_sampler=lambda o: torch.utils.data.DataLoader(o, batch_sampler=torch.utils.data.BatchSampler(EpochSampler(len(o)), 16, False)),
+               persistent=lambda o: torch_loader(o, shuffle=True, num_workers=1, persistent_workers=True),
+               fastai_persistent=lambda o: DataLoader(o, bs=16, shuffle=True, num_workers=1, persistent_workers=True),
+               fastai_numpy=lambda o: RandomDL(o, bs=16, num_workers=0))
+
+
+@pytest.mark.parametrize('name', LOADERS)
+def test_a_loader_goes_on_as_if_there_had_been_no_pilot(name):
+    "nor temperature"
+    check_leaves_no_trace(first_loader(LOADERS[name]), in_pilot)
+    check_leaves_no_trace(first_loader(LOADERS[name]), lambda o: raw_preds(o, 0))
+
+
+def test_a_loader_that_cannot_be_copied_is_a_type_error():
+    learn = first_loader(LOADERS['numpy_sampler'])()
+    learn.dls.train.sampler.lock = threading.Lock()
+    before = state(learn)
+    with pytest.raises(TypeError, match='lock.*sampler'):
+        with pilot(learn): pass
+    with pytest.raises(TypeError, match='sampler'): learn.eps_find(3)
+    same_state(state(learn), before)
+    assert learn.fit_temperature() is learn # the other loader has no part in it
+
+
 @pytest.mark.parametrize('ex', [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize('name', ['fitted', 'torch_loaders', 'language_model'])
 def test_no_trace_after_an_exception(name, ex):
@@ -296,6 +357,79 @@ def test_savers_stoppers_and_loggers_are_left_out(tmp_path):
         trial.fit(3)
     assert not list(tmp_path.rglob('*'))
     learn.eps_find(3, show_plot=False)
+    assert not list(tmp_path.rglob('*'))
+
+
+class Locked(Notes):
+    "Has a lock, which no copy can have"
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_callback_that_cannot_be_copied_is_left_out_and_named_once():
+    "it would share its list with the pilot"
+    learn = fitted(cbs=[Locked(), GradientAccumulation(16), OnCPU(amp_mode='bf16')])
+    losses = list(learn.locked.losses)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        with pilot(learn) as trial:
+            assert not hasattr(trial, 'locked') and hasattr(trial, 'gradient_accumulation') and trial.on_cpu is not learn.on_cpu
+            trial.fit(1)
+        learn.eps_find(10, full=True, epss=[.1], show_plot=False)
+        learn.fit_temperature()
+    assert len([o for o in said if 'without the callbacks locked:' in str(o.message)]) == 1
+    assert len(losses) == 32 and learn.locked.losses == losses and learn.locked.learn is learn
+
+
+class Exports(Callback):
+    def after_epoch(self): self.learn.export('ckpt.pkl')
+
+
+class Saves(Callback):
+    "Keeps the last epoch, and goes back to it"
+    def after_epoch(self): self.learn.save('ckpt'), self.learn.save(self.where/'far')
+    def after_fit(self): self.learn.load('ckpt'); self.learn.load(self.where/'far')
+
+
+def test_what_a_pilot_saves_is_kept_apart(tmp_path):
+    "the user's files stay as they are, and a pilot finds what it saved"
+    learn = plain()
+    learn.path = tmp_path
+    learn.add_cb(Saves()).saves.where = tmp_path
+    learn.fit(1)
+    learn.add_cb(Exports())
+    files = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    assert {p.name for p in files} == {'ckpt.pth', 'far.pth'}
+    with pilot(learn) as trial:
+        trial.fit(1)
+        after = weights(trial)
+        with pilot(trial) as inner: inner.fit(1)
+        with torch.no_grad(): params(trial.model)[0].zero_()
+        assert torch.equal(weights(trial.load('ckpt')), after) and not torch.equal(after, weights(learn))
+        with open(tmp_path/'open.pth', 'wb') as f: trial.save(f)
+    learn.eps_find(3, show_plot=False)
+    files[tmp_path/'open.pth'] = b''
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == files
+    assert learn.save('ckpt') == tmp_path/'models/ckpt.pth' and learn.load('ckpt') is learn
+
+
+def test_a_pilot_loads_what_was_saved_before_it(tmp_path):
+    learn = fitted()
+    learn.path = tmp_path
+    learn.save('before')
+    learn.fit(1)
+    with pilot(learn) as trial:
+        trial.load('before')
+        assert not torch.equal(weights(trial), weights(learn))
+        trial.save('before')
+    learn.load('before')
+
+
+def test_a_text_encoder_is_not_saved(tmp_path):
+    learn = words()
+    learn.path = tmp_path
+    with pilot(learn) as trial: trial.save_encoder('enc')
     assert not list(tmp_path.rglob('*'))
 
 
@@ -432,8 +566,8 @@ def by_hand(learn, n, eps=0., lr=None, seed=42, ds_idx=1, **options):
 def test_closed_form_is_the_validation_error_of_a_pilot():
     "times K/(K-1)"
     learn = single()
-    z, y = by_hand(learn, 6)
-    found = find(learn, 20, cap=1.)
+    z, y = by_hand(learn, 24)
+    found = find(learn, 80, cap=1.)
     wrong = int((z.argmax(1) != y).sum())
     assert 0 < wrong < 60
     near(found.valid_error, wrong/120)
@@ -448,8 +582,8 @@ def test_closed_form_is_the_validation_error_of_a_pilot():
 def test_closed_form_of_labels_is_the_share_of_wrong_ones():
     "the eps of 1-eps and eps"
     learn = multi()
-    z, y = by_hand(learn, 6)
-    found = find(learn, 20, cap=1.)
+    z, y = by_hand(learn, 24)
+    found = find(learn, 80, cap=1.)
     error = ((z > 0) != (y == 1)).double().mean().item()
     assert 0 < error < .5
     near(found.eps, error), near(found.valid_error, error)
@@ -461,7 +595,7 @@ def test_closed_form_of_labels_is_the_share_of_wrong_ones():
 @pytest.mark.parametrize('make, cap, expected', [(single, .05, .05), (multi, .05, .025)])
 def test_the_cap_warns(make, cap, expected):
     "half of it for labels"
-    with pytest.warns(UserWarning, match='cut'): found = find(make(), 2, cap=cap)
+    with pytest.warns(UserWarning, match='cut'): found = find(make(), 80, cap=cap)
     near(found.eps, expected)
     assert 'cut' in found.verdict and found.eps_interval[1] <= expected + 1e-12
 
@@ -469,7 +603,7 @@ def test_the_cap_warns(make, cap, expected):
 def test_no_warning_below_the_cap():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        find(single(), cap=1.)
+        find(single(), 80, cap=1.)
 
 
 @pytest.mark.parametrize('n_epoch, share, n', [(10, .3, 3), (1, .3, 1), (5, .3, 2), (3, 1., 3), (10, .06, 1)])
@@ -563,10 +697,10 @@ def test_scores_of_the_grid(make):
     learn, epss = make(), [0., .1, .3]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        found = find(learn, 10, full=True, epss=[.3, .1])
+        found = find(learn, 80, full=True, epss=[.3, .1])
     scores = found.scores
     assert list(scores.eps) == epss
-    preds = [by_hand(learn, 3, eps) for eps in epss]
+    preds = [by_hand(learn, 24, eps) for eps in epss]
     rows = torch.stack([row_nll(*o) for o in preds])
     near(scores.nll, rows.mean(1), 1e-5)
     behind = rows - rows[rows.mean(1).argmin()]
@@ -606,6 +740,110 @@ def test_default_grids():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             assert list(find(make(), 1, full=True).scores.eps) == grid
+
+
+# ---------------------------------------------------------------- pilots that have not learnt
+
+def digits(noise=0., n=1500, n_valid=None, multi=False, seed=0):
+    "A Learner on real digits, a share `noise` of the labels any of the ten; `multi`: is it above 4, odd, 0 or 1, a multiple of 3?"
+    g = torch.Generator().manual_seed(seed)
+    idx, y = torch.randperm(len(DIGITS.target), generator=g)[:n], tensor(DIGITS.target)
+    y = torch.where(torch.rand(len(y), generator=g) < noise, torch.randint(10, (len(y),), generator=g), y)
+    if multi: y = torch.stack([y > 4, y % 2 == 1, y < 2, y % 3 == 0], 1).float()
+    x = tensor(DIGITS.data/16).float()[idx]
+    model = reseeded(lambda: nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 4 if multi else 10)))
+    return quiet(Learner(shuffled(x, y[idx], ifnone(n_valid, n//3)), model, BCEWithLogitsLossFlat() if multi else CrossEntropyLossFlat(), lr=.01, path=Path('/tmp')))
+
+
+def shuffled(x, y, n_valid):
+    items = list(zip(x, y))
+    return DataLoaders(DataLoader(items[n_valid:], bs=64, shuffle=True, num_workers=0), DataLoader(items[:n_valid], bs=64, num_workers=0), device=CPU)
+
+
+def is_default(found, eps):
+    return (found.eps == eps and not found.learnt and found.verdict.startswith('the default, as the pilot has not learnt') and math.isnan(found.noise)
+            and all(map(math.isnan, (*found.noise_interval, *found.eps_interval))) and 0 < found.valid_error < 1)
+
+
+@pytest.mark.parametrize('noise', [0., .2, .4])
+def test_a_pilot_that_has_learnt_noisy_labels(noise):
+    "its error is large, and says how many of them are random"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'the validation error of the pilot is')
+        warnings.filterwarnings('error', 'eps=')
+        found = find(digits(noise), 10)
+    near(found.eps, min(.4, found.valid_error*10/9))
+    assert found.learnt and found.verdict.startswith('closed form')
+    near(found.noise, noise, .06)
+
+
+UNLEARNT = dict(untrained=dict(fit=noop), few_epochs=dict(n_epoch=3, lr=1e-3), small_lr=dict(n_epoch=10, lr=1e-3), tiny_lr=dict(n_epoch=10, lr=1e-5))
+
+
+@pytest.mark.parametrize('multi', [False, True])
+@pytest.mark.parametrize('name', ['untrained', 'few_epochs', 'small_lr', 'tiny_lr'])
+def test_a_pilot_that_has_not_learnt(name, multi):
+    "900 clean images: the default, with the reason, and no word on noise"
+    with pytest.warns(UserWarning, match='the default, as the pilot has not learnt.*longer'): found = find(digits(n=900, multi=multi), **UNLEARNT[name])
+    assert is_default(found, .05 if multi else .1)
+    if name != 'few_epochs': assert ('last third' in found.verdict) == (name == 'small_lr')
+
+
+def test_the_cap_holds_for_the_default():
+    with pytest.warns(UserWarning, match='not learnt'): assert is_default(find(digits(n=300), fit=noop, cap=.04), .04)
+
+
+def test_a_grid_of_pilots_that_have_not_learnt():
+    "is no evidence, whatever its scores"
+    with pytest.warns(UserWarning, match='not learnt'): found = find(digits(n=900), 3, 1e-3, full=True, epss=[.2, .9])
+    assert is_default(found, .1) and found.scores.eps.tolist() == [0., .2, .9]
+    assert is_default(tune._of_grid(found, frame([.1, .01, 0., .05], [.02, .02, 0., .02])), .1)
+
+
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('n_valid', [1, 2])
+def test_hardly_any_validation_data(full, n_valid):
+    with pytest.warns(UserWarning, match='not learnt'): found = find(digits(n=300, n_valid=n_valid), 10, full=full)
+    assert found.eps == .1 and not found.learnt
+
+
+def errors_of(train, valid):
+    "`_Errors` of a training with these errors in its thirds, and validations: (after which third, error); each of 1,000 decisions"
+    res = tune._Errors()
+    res.train = [(tensor(round(1000*e)), 1000) for e in train]
+    res.valid = [(at, [(tensor(round(1000*e)), 1000)]) for at, e in valid]
+    return res
+
+
+def why(error, errors, k=10):
+    "For a validation error of 1,000 rows of `k` equal classes"
+    found = FIRST._replace(eps=error*k/(k-1), valid_error=error, valid_error_interval=(error - .03, error + .03))
+    return tune._why_not_learnt(found, .1, errors, torch.arange(1000) % k, k)
+
+
+def test_when_a_pilot_has_not_learnt():
+    flat = errors_of([.5, .31, .3], [(1, .4), (2, .31), (3, .3)])
+    assert why(.3, flat) is None
+    assert 'near 0.90' in why(.7, flat)                                                   # above 3/4 of .9
+    assert 'near 0.50' in why(.48, flat, k=2)                                             # its interval reaches .5
+    assert 'training error still fell from 0.45 to 0.30' in why(.3, errors_of([.6, .45, .3], [(3, .3)]))
+    assert 'validation error still fell from 0.40 to 0.30' in why(.3, errors_of([.5, .31, .3], [(1, .6), (2, .4), (3, .3)]))
+    assert why(.3, errors_of([.4, .25, .1], [(2, .31), (3, .3)])) is None                 # rows that it knows by heart
+    assert why(.09, errors_of([.6, .3, .1], [(3, .1)])) is None                           # what is too large is less than the default
+    assert why(.3, errors_of([], [])) is None                                             # trained before
+    found = FIRST._replace(valid_error=.3, valid_error_interval=(.2, .45))
+    few = errors_of([.5, .31, .3], [(2, .44)])
+    assert tune._why_not_learnt(found, .1, few, torch.arange(8) % 10, 10) is None         # of 8 rows: within a standard error
+    assert tune._why_not_learnt(found, .1, few, torch.arange(50) % 10, 10)
+
+
+def test_a_suggestion_prints_as_a_sentence():
+    assert isinstance(FIRST, tuple) and FIRST[0] == FIRST.eps == .3 and FIRST._fields[:2] == ('eps', 'eps_interval')
+    assert repr(FIRST) == str(FIRST) == ('eps=0.300 [0.200, 0.400] (closed form). The validation error of the pilot is 0.200 [0.100, 0.300]; '
+                                         '0.100 [0.000, 0.200] of the labels are random.')
+    assert repr(tune._of_grid(FIRST, frame([.1, .01, 0., .05], [.02, .02, 0., .02]))).endswith(' 4 pilots: see scores.')
+    nan = FIRST._replace(noise=math.nan, eps_interval=(math.nan, math.nan), verdict='the default')
+    assert repr(nan) == 'eps=0.300 (the default). The validation error of the pilot is 0.200 [0.100, 0.300]; it cannot tell how many labels are random.'
 
 
 # ---------------------------------------------------------------- what pilots smooth with
@@ -668,13 +906,13 @@ def test_the_package_s_own_loss_of_labels():
 
 def test_a_temperature_of_the_learner_is_no_matter():
     "and a pilot is no training that it would warn of"
-    expected = find(single(), cap=1.)
+    expected = find(single(), 80, cap=1.)
     learn = single()
     learn.loss_func = tune.tempered(learn.loss_func, 3.)
     learn.add_cb(TemperatureReminder())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert find(learn, cap=1.)[:6] == expected[:6]
+        assert find(learn, 80, cap=1.)[:6] == expected[:6]
     assert learn.temperature == 3.
 
 
@@ -783,7 +1021,7 @@ def test_masked_classes_have_no_share_in_the_noise():
 
 def test_a_pilot_of_the_grid_that_diverges():
     def fit(trial):
-        trial.fit(1)
+        trial.fit_one_cycle(24)
         if trial.loss_func.eps: params(trial.model)[-1].data.fill_(math.nan)
     with pytest.warns(UserWarning, match='eps=0.2 diverged'): found = find(single(), full=True, epss=[.2], fit=fit)
     assert found.scores.eps.tolist() == [0.] and found.verdict.startswith('no evidence')
@@ -792,16 +1030,21 @@ def test_a_pilot_of_the_grid_that_diverges():
 
 # ---------------------------------------------------------------- plots, and no trace
 
-@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('kind', ['one', 'full', 'not_learnt', 'untrained'])
 @pytest.mark.parametrize('make', [single, multi])
-def test_a_figure_is_made(make, full):
+def test_a_figure_is_made(make, kind):
+    "that says what was found"
     plt.close('all')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        find(make(), 3, full=full, show_plot=True, **(dict(epss=[.1]) if full else {}))
-    assert len(plt.get_fignums()) == 1
+        found = find(make(), show_plot=True, **dict(one=dict(n_epoch=80), full=dict(n_epoch=80, full=True, epss=[.1]), not_learnt=dict(n_epoch=1), untrained=dict(fit=noop))[kind])
+    assert len(plt.get_fignums()) == 1 and found.learnt == (kind in ('one', 'full'))
     ax, = plt.gcf().axes
-    assert ax.get_xlabel() and ax.get_ylabel() and ax.get_legend() and len(ax.lines)
+    labels = ' '.join(o.get_text() for o in ax.get_legend().get_texts())
+    assert ax.get_xlabel() and ax.get_ylabel() and f'eps={found.eps:.3g}' in ax.get_title()
+    assert (f'suggested eps {found.eps:.3f}' if found.learnt else 'validation error') in labels
+    colors = {matplotlib.colors.to_hex(o.get_color()) for o in ax.lines}
+    assert not colors & {matplotlib.colors.to_hex(f'C{i}') for i in range(4)}   # they have meanings of their own
     plt.gcf().canvas.draw()
     plt.close('all')
     find(single(), 1, cap=1.)
