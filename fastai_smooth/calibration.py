@@ -410,9 +410,9 @@ def _ends(draws, level):
     if not math.isfinite(seen): return seen,seen
     low,high = (draws['drawn'].quantile(o).item() for o in (1-q, q))
     if 'scaled' in draws:
+        high = min(1., max(high, -low)) # by as much to the other side, if the signs are all wrong
         tops = draws['scaled'].quantile(q, 1).cummax(0)[0]
         low = np.interp(min(seen, draws['value'].item()), tops, _SCALES*draws['value'], left=0.)
-        high = min(high, 1.)
     return min(seen, float(low)),max(seen, high)
 
 # %% ../nbs/05_calibration.ipynb #e2ebea52

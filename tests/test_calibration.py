@@ -569,7 +569,7 @@ def test_interval_is_seeded_widens_and_holds_the_value(measure, kw, slope):
     assert interval(seed=4, level=.99) != before or low == 0 or measure is accuracy # whose interval has a formula
 
 
-@pytest.mark.parametrize('confidence, accuracy, n', [(.9999, .99, 100), (.999, .98, 100), (.999, .975, 100), (1., .97, 40), (1., .92, 40), (.5, .98, 100)])
+@pytest.mark.parametrize('confidence, accuracy, n', [(.9999, .99, 100), (.999, .98, 100), (.999, .975, 100), (1., .97, 40), (1., .92, 40), (.5, .98, 100), (.95, .9, 20)])
 @pytest.mark.parametrize('measure', [nll, brier_score, calibration_error])
 def test_interval_of_one_confidence_holds_the_truth(measure, confidence, accuracy, n):
     "Exactly: over all numbers of right answers that there may be, each with its probability"
