@@ -726,7 +726,7 @@ def with_axis(loss, axis):
     ((5, 3), BCEWithLogitsLossFlat(), 1), ((5, 3, 2, 2), BCEWithLogitsLossFlat(), 1), ((5, 3, 2, 2, 2), F.binary_cross_entropy_with_logits, 1),
     ((5, 3, 2), BCEWithLogitsLossFlat(), None), ((5, 3, 2), nn.BCEWithLogitsLoss(), None), ((5, 3, 2, 2), BCEWithLogitsLossFlat(axis=2), 2),
     ((5, 3, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), -1), 2), ((5, 3, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), None),
-    ((5, 3, 2, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), 1)], ids=str)
+    ((5, 3, 2, 2), with_axis(LabelSmoothingBCEWithLogitsFlat(), None), 1)], ids=lambda o: getattr(o, '__name__', str(o)))
 @pytest.mark.parametrize('dtype', [torch.float32, torch.int64])
 def test_where_labels_are(shape, loss, axis, dtype):
     "axis 1 of (N,K) and of images and volumes, one label in masks, and otherwise where a loss was told so; -1 is fastai's default"
@@ -773,7 +773,7 @@ def test_columns_of_an_image_are_no_labels(y_shape):
     assert error < .02
 
 
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(.1), fastai_losses.FocalLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy], ids=str)
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(.1), fastai_losses.FocalLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy], ids=lambda o: getattr(o, '__name__', str(o)))
 def test_a_softmax_over_one_class_is_always_right(loss):
     y_shape = (20,) if loss is F.cross_entropy or isinstance(loss, nn.Module) else (20, 1)
     learn = as_is(rows_of(20, 1), torch.zeros(y_shape, dtype=torch.long), loss, 10)
