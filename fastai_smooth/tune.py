@@ -123,11 +123,13 @@ class _Errors(Callback):
         return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]
 
     def falls(self, error, n):
-        "How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; that of training, unless it is far below, as of rows known by heart"
+        """How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; and that of training, unless rows are being learnt by
+        heart: it is far below, or that of validation no longer falls"""
         _,mid,last = self.thirds()
         training = _Fall('training', _share(mid), _share(last), sum(n for _,n in last))
-        before = [_share(o) for at,o in self.valid if at <= 2*len(self.train)/3]
-        return [training]*(training.after > .75*error) + [_Fall('validation', o, error, n) for o in before[-1:]]
+        validation = [_Fall('validation', _share(o), error, n) for at,o in self.valid if at <= 2*len(self.train)/3][-1:]
+        by_heart = training.after < .75*error or any(o.before <= o.after for o in validation)
+        return validation if by_heart or not last else [training, *validation]
 
 def _standard_error(error, n): return math.sqrt(error*(1-error)/n)
 
