@@ -315,7 +315,8 @@ def eps_find(self:Learner,
 ) -> EpsSuggestion: # First of all `eps`; of multi-label, the eps of 1-eps and eps
     """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its
     validation error; with `full`, trains a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after
-    temperature, is within one standard error of the best, or as before where all are.
+    temperature, is within one standard error of the best, or as before where all are. A pilot that has not learnt says nothing about
+    labels: then it suggests the default of `to_smooth`, warns why, and gives nan for the noise.
 
     Its intervals take predictions to be independent, which pixels of an image or words of a text are not. The Learner is left as it is,
     also after an exception or Ctrl-C. It takes the memory of one more model and optimizer.
