@@ -310,7 +310,8 @@ def _label_axis_of(loss, ndim):
 class TemperedActivation:
     """The activation of `loss`, of logits that are divided by `temperature` first (Guo et al. 2017, arXiv:1706.04599).
 
-    Called with logits, of any shape that `loss` takes; raises ValueError for another number of labels than `temperature` has values."""
+    Called with logits, of any shape that `loss` takes; raises ValueError for another number of labels than `temperature` has values,
+    and IndexError where they lack the axis of labels that `loss` was given."""
     interval = None # of what was pickled before there was one
     def __init__(self,
         loss, # The loss whose activation it is

@@ -94,6 +94,18 @@ def _loosened(logits, targs, beta, groups):
     sums = torch.zeros(n, dtype=torch.double).index_add_(0, groups, slopes.view(len(groups), -1).sum(1))
     return f_distribution.ppf(.95, 1, n-1) * max(1., (sums.square().sum()*n/(n-1)/curvature).item())
 
+def _interval(best, logits, targs, groups):
+    "`temperature_interval` where the best temperature is known"
+    if best is None: return
+    logits,targs = check_logits(logits, targs)
+    groups = torch.arange(len(logits)) if groups is None else groups.unique(return_inverse=True)[1]
+    alone = groups.max() == len(logits)-1 and targs[:1].numel() == 1
+    ratio = 3.841 if alone else _loosened(logits, targs, 1/best, groups) # the 95% quantile of chi square with one degree of freedom
+    limit = _nll(logits/best, targs) + ratio/2/targs.numel()
+    def above(log_beta): return _nll(logits*math.exp(log_beta), targs) - limit
+    (low,high),at = _range(logits),-math.log(best)
+    return (math.exp(-brentq(above, at, high, xtol=1e-4)) if above(high) > 0 else 0., math.exp(-brentq(above, low, at, xtol=1e-4)) if above(low) > 0 else math.inf)
+
 def temperature_interval(
     logits:Tensor, # (N,K), or (N,) for single events
     targs:Tensor, # (N,) class indices, or 0/1 shaped like `logits`
@@ -104,16 +116,8 @@ def temperature_interval(
 
     Raises a TypeError or ValueError for logits, targets and groups that don't go together."""
     best = best_temperature(logits, targs)
-    logits,targs = check_logits(logits, targs)
     if groups is not None and groups.shape != logits.shape[:1]: raise ValueError(f'groups must say of each of the {len(logits)} rows to which it belongs, got shape {tuple(groups.shape)}')
-    if best is None: return
-    groups = torch.arange(len(logits)) if groups is None else groups.unique(return_inverse=True)[1]
-    alone = groups.max() == len(logits)-1 and targs[:1].numel() == 1
-    ratio = 3.841 if alone else _loosened(logits, targs, 1/best, groups) # the 95% quantile of chi square with one degree of freedom
-    limit = _nll(logits/best, targs) + ratio/2/targs.numel()
-    def above(log_beta): return _nll(logits*math.exp(log_beta), targs) - limit
-    (low,high),at = _range(logits),-math.log(best)
-    return (math.exp(-brentq(above, at, high, xtol=1e-4)) if above(high) > 0 else 0., math.exp(-brentq(above, low, at, xtol=1e-4)) if above(low) > 0 else math.inf)
+    return _interval(best, logits, targs, groups)
 
 # %% ../nbs/07_temperature.ipynb #1d54f820
 def cross_fitted(
@@ -202,7 +206,9 @@ class _FittedTemperature(NamedTuple):
 
     def __str__(self): return 'T={:.3g}, with a 95% interval from {:.3g} to {:.3g}'.format(self.best, *self.interval)
 
-def _fitted(logits, targs, items=None): return _FittedTemperature(best_temperature(logits, targs), temperature_interval(logits, targs, items))
+def _fitted(logits, targs, items=None):
+    best = best_temperature(logits, targs)
+    return _FittedTemperature(best, _interval(best, logits, targs, items))
 
 def _what_was_found(fits, n):
     "In a sentence"
@@ -216,17 +222,17 @@ def _warn_without_best(fits, n):
     of = f' of label {", ".join(missing)}' if len(fits) > 1 else ''
     if missing: warn(f'no temperature is best for the {n} predictions{of}: T=1 is used. Are all of them right, no better than chance, or nan?', 3)
 
-def _knows_nothing(logits, targs, fits):
-    "With their best temperatures, are predictions hardly better than the frequencies of the labels: is their NLL less than a tenth below that?"
+def _knows_nothing(logits, targs, fits, least):
+    "With their best temperatures, are predictions hardly better than the frequencies of the labels: is their NLL not even a share `least` below that?"
     if None in [o.best for o in fits]: return False # there is a warning of that
     logits,targs = check_logits(logits, targs)
     multi,entropy = targs.ndim == logits.ndim,torch.special.entr
     freq = targs.mean(0) if multi else targs.bincount(minlength=logits.shape[1])/len(targs)
     chance = (entropy(freq) + entropy(1-freq)).mean() if multi else entropy(freq).sum()
-    return _nll(logits/torch.tensor([o.best for o in fits]).double(), targs) > .9*chance.item()
+    return _nll(logits/torch.tensor([o.best for o in fits]).double(), targs) > (1-least)*chance.item()
 
 def _warn_of_data(learn, dl, knows_nothing):
-    if getattr(dl, 'dataset', None) is learn.dls.train.dataset:
+    if getattr(dl, 'dataset', dl) is getattr(learn.dls.train, 'dataset', None):
         warn('this temperature is fitted to training data, of which a model is too sure: give data it was not trained on', 3)
     if knows_nothing: warn('at any temperature these predictions are hardly better than the frequencies of the labels: was the model trained?', 3)
 
@@ -257,8 +263,9 @@ def fit_temperature(self:Learner,
     ts,intervals = [o.used for o in fits],[o.interval for o in fits]
     _set_loss(self, tempered(_unmixed(self.loss_func), *((ts,intervals) if per_label else (ts[0],intervals[0]))))
     _warn_without_best(fits, n)
-    _warn_of_data(self, dl, _knows_nothing(*preds[:2], fits))
-    if self.logger is not noop and None not in intervals: print(_what_was_found(fits, n))
+    least = .1 if self.opt is None else .05 # without an optimizer there was no training here, though perhaps elsewhere
+    _warn_of_data(self, dl, _knows_nothing(*preds[:2], fits, least))
+    if self.logger is not noop and None not in intervals and not rank_distrib(): print(_what_was_found(fits, n))
     self.remove_cb(TemperatureReminder)
     return self.add_cb(TemperatureReminder()) if _has_temperature(self) else self
 

@@ -123,11 +123,13 @@ class _Errors(Callback):
         return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]
 
     def falls(self, error, n):
-        "How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; that of training, unless it is far below, as of rows known by heart"
+        """How errors fell in the last third of the training: that of validation to `error`, of `n` decisions; and that of training, unless rows are being learnt by
+        heart: it is far below, or that of validation no longer falls"""
         _,mid,last = self.thirds()
         training = _Fall('training', _share(mid), _share(last), sum(n for _,n in last))
-        before = [_share(o) for at,o in self.valid if at <= 2*len(self.train)/3]
-        return [training]*(training.after > .75*error) + [_Fall('validation', o, error, n) for o in before[-1:]]
+        validation = [_Fall('validation', _share(o), error, n) for at,o in self.valid if at <= 2*len(self.train)/3][-1:]
+        by_heart = training.after < .75*error or any(o.before <= o.after for o in validation)
+        return validation if by_heart or not last else [training, *validation]
 
 def _standard_error(error, n): return math.sqrt(error*(1-error)/n)
 
@@ -313,7 +315,8 @@ def eps_find(self:Learner,
 ) -> EpsSuggestion: # First of all `eps`; of multi-label, the eps of 1-eps and eps
     """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its
     validation error; with `full`, trains a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after
-    temperature, is within one standard error of the best, or as before where all are.
+    temperature, is within one standard error of the best, or as before where all are. A pilot that has not learnt says nothing about
+    labels: then it suggests the default of `to_smooth`, warns why, and gives nan for the noise.
 
     Its intervals take predictions to be independent, which pixels of an image or words of a text are not. The Learner is left as it is,
     also after an exception or Ctrl-C. It takes the memory of one more model and optimizer.

@@ -710,9 +710,9 @@ def test_training_data_warn(how):
 @pytest.mark.parametrize('per_label', [False, True])
 def test_a_model_that_was_not_trained_warns(make, per_label):
     "once, whatever its random weights are"
-    learn = make()
+    trained = make()
     for seed in range(5):
-        learn.model = mlp(k=learn.model[-1].out_features, seed=seed)
+        learn = tensor_learner(trained.dls, mlp(k=trained.model[-1].out_features, seed=seed), trained.loss_func)
         message, = said_by(partial(learn.fit_temperature, per_label=per_label and make is multi))
         assert 'trained?' in message or 'no better than chance' in message
 

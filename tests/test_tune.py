@@ -566,8 +566,8 @@ def by_hand(learn, n, eps=0., lr=None, seed=42, ds_idx=1, **options):
 def test_closed_form_is_the_validation_error_of_a_pilot():
     "times K/(K-1)"
     learn = single()
-    z, y = by_hand(learn, 24)
-    found = find(learn, 80, cap=1.)
+    z, y = by_hand(learn, 42)
+    found = find(learn, 140, cap=1.)
     wrong = int((z.argmax(1) != y).sum())
     assert 0 < wrong < 60
     near(found.valid_error, wrong/120)
@@ -582,8 +582,8 @@ def test_closed_form_is_the_validation_error_of_a_pilot():
 def test_closed_form_of_labels_is_the_share_of_wrong_ones():
     "the eps of 1-eps and eps"
     learn = multi()
-    z, y = by_hand(learn, 24)
-    found = find(learn, 80, cap=1.)
+    z, y = by_hand(learn, 42)
+    found = find(learn, 140, cap=1.)
     error = ((z > 0) != (y == 1)).double().mean().item()
     assert 0 < error < .5
     near(found.eps, error), near(found.valid_error, error)
@@ -595,7 +595,7 @@ def test_closed_form_of_labels_is_the_share_of_wrong_ones():
 @pytest.mark.parametrize('make, cap, expected', [(single, .05, .05), (multi, .05, .025)])
 def test_the_cap_warns(make, cap, expected):
     "half of it for labels"
-    with pytest.warns(UserWarning, match='cut'): found = find(make(), 80, cap=cap)
+    with pytest.warns(UserWarning, match='cut'): found = find(make(), 140, cap=cap)
     near(found.eps, expected)
     assert 'cut' in found.verdict and found.eps_interval[1] <= expected + 1e-12
 
@@ -603,7 +603,7 @@ def test_the_cap_warns(make, cap, expected):
 def test_no_warning_below_the_cap():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        find(single(), 80, cap=1.)
+        find(single(), 140, cap=1.)
 
 
 @pytest.mark.parametrize('n_epoch, share, n', [(10, .3, 3), (1, .3, 1), (5, .3, 2), (3, 1., 3), (10, .06, 1)])
@@ -697,10 +697,10 @@ def test_scores_of_the_grid(make):
     learn, epss = make(), [0., .1, .3]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        found = find(learn, 80, full=True, epss=[.3, .1])
+        found = find(learn, 140, full=True, epss=[.3, .1])
     scores = found.scores
     assert list(scores.eps) == epss
-    preds = [by_hand(learn, 24, eps) for eps in epss]
+    preds = [by_hand(learn, 42, eps) for eps in epss]
     rows = torch.stack([row_nll(*o) for o in preds])
     near(scores.nll, rows.mean(1), 1e-5)
     behind = rows - rows[rows.mean(1).argmin()]
@@ -829,6 +829,7 @@ def test_when_a_pilot_has_not_learnt():
     assert 'training error still fell from 0.45 to 0.30' in why(.3, errors_of([.6, .45, .3], [(3, .3)]))
     assert 'validation error still fell from 0.40 to 0.30' in why(.3, errors_of([.5, .31, .3], [(1, .6), (2, .4), (3, .3)]))
     assert why(.3, errors_of([.4, .25, .1], [(2, .31), (3, .3)])) is None                 # rows that it knows by heart
+    assert why(.3, errors_of([.6, .45, .3], [(2, .3), (3, .3)])) is None                  # validation has come to rest
     assert why(.09, errors_of([.6, .3, .1], [(3, .1)])) is None                           # what is too large is less than the default
     assert why(.3, errors_of([], [])) is None                                             # trained before
     found = FIRST._replace(valid_error=.3, valid_error_interval=(.2, .45))
@@ -906,13 +907,13 @@ def test_the_package_s_own_loss_of_labels():
 
 def test_a_temperature_of_the_learner_is_no_matter():
     "and a pilot is no training that it would warn of"
-    expected = find(single(), 80, cap=1.)
+    expected = find(single(), 140, cap=1.)
     learn = single()
     learn.loss_func = tune.tempered(learn.loss_func, 3.)
     learn.add_cb(TemperatureReminder())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert find(learn, 80, cap=1.)[:6] == expected[:6]
+        assert find(learn, 140, cap=1.)[:6] == expected[:6]
     assert learn.temperature == 3.
 
 
@@ -1021,7 +1022,7 @@ def test_masked_classes_have_no_share_in_the_noise():
 
 def test_a_pilot_of_the_grid_that_diverges():
     def fit(trial):
-        trial.fit_one_cycle(24)
+        trial.fit_one_cycle(42)
         if trial.loss_func.eps: params(trial.model)[-1].data.fill_(math.nan)
     with pytest.warns(UserWarning, match='eps=0.2 diverged'): found = find(single(), full=True, epss=[.2], fit=fit)
     assert found.scores.eps.tolist() == [0.] and found.verdict.startswith('no evidence')
@@ -1037,7 +1038,7 @@ def test_a_figure_is_made(make, kind):
     plt.close('all')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        found = find(make(), show_plot=True, **dict(one=dict(n_epoch=80), full=dict(n_epoch=80, full=True, epss=[.1]), not_learnt=dict(n_epoch=1), untrained=dict(fit=noop))[kind])
+        found = find(make(), show_plot=True, **dict(one=dict(n_epoch=140), full=dict(n_epoch=140, full=True, epss=[.1]), not_learnt=dict(n_epoch=1), untrained=dict(fit=noop))[kind])
     assert len(plt.get_fignums()) == 1 and found.learnt == (kind in ('one', 'full'))
     ax, = plt.gcf().axes
     labels = ' '.join(o.get_text() for o in ax.get_legend().get_texts())
