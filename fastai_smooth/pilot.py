@@ -136,7 +136,8 @@ def pilot(
     check_whole('seed', seed)
     modes = {m:m.training for m in learn.model.modules()} if isinstance(learn.model, nn.Module) else {}
     try:
-        with no_random(seed), TemporaryDirectory() as folder: yield _copied(learn, train, Path(folder))
+        # gradients, also where fastai has turned them off: in a callback of a validation
+        with no_random(seed), torch.enable_grad(), TemporaryDirectory() as folder: yield _copied(learn, train, Path(folder))
     finally:
         for m,mode in modes.items(): m.training = mode
 
