@@ -213,8 +213,8 @@ def _fitted(logits, targs, items=None):
 def _what_was_found(fits, n):
     "In a sentence"
     if len(fits) > 1:
-        kept = [o.used for o in fits if o.used != 1]
-        return f'T stays 1 for {len(fits)-len(kept)} of {len(fits)} labels, whose 95% interval holds 1' + (f'; the others have T from {min(kept):.3g} to {max(kept):.3g}' if kept else '')
+        moved = [o.used for o in fits if o.used != 1]
+        return f'T stays 1 for {len(fits)-len(moved)} of {len(fits)} labels, where its 95% interval holds 1' + (f'; the others have T from {min(moved):.3g} to {max(moved):.3g}' if moved else '')
     return f'T stays 1: the best for {n} predictions is {fits[0]}, which holds 1' if fits[0].used == 1 else f'{fits[0]}, from {n} predictions'
 
 def _warn_without_best(fits, n):

@@ -580,7 +580,7 @@ def test_each_label_stays_1_by_its_own_interval(capsys):
     z, y = drawn(40, 3, kind='labels')
     z[:, 1] *= 6
     learn = given(z, y, BCEWithLogitsLossFlat())
-    assert printed(capsys, learn, per_label=True).startswith('T stays 1 for 2 of 3 labels, whose 95% interval holds 1; the others have T from ')
+    assert printed(capsys, learn, per_label=True).startswith('T stays 1 for 2 of 3 labels, where its 95% interval holds 1; the others have T from ')
     assert learn.temperature[::2] == [1., 1.] and learn.temperature[1] > 2
     assert [low <= 1 <= high for low, high in learn.temperature_interval] == [True, False, True]
     near(learn.temperature_interval[1], temperature_interval(z[:, 1], y[:, 1]), 1e-4)
