@@ -638,7 +638,8 @@ def test_images_of_one_label_have_one_temperature():
             near(learn.get_preds()[0], (z*3/learn.temperature[0]).sigmoid(), 1e-6)
 
 
-@pytest.mark.parametrize('axis, loss', [(1, BCEWithLogitsLossFlat()), (2, BCEWithLogitsLossFlat(axis=2))], ids=['fastai', 'given'])
+@pytest.mark.parametrize('axis, loss', [(1, BCEWithLogitsLossFlat()), (2, BCEWithLogitsLossFlat(axis=2)), (1, LabelSmoothingBCEWithLogitsFlat(0.))],
+                         ids=['fastai', 'given', 'ours'])
 def test_channels_have_a_temperature_each(axis, loss):
     "along the axis of the labels: that of channels, or the one that the loss was given"
     g, factor = torch.Generator().manual_seed(0), tensor([2., .5])
