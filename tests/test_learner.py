@@ -471,34 +471,57 @@ class SetsItAgain(SetsItsLoss):
 class SetsNothing(SetsItAgain): pass
 
 
-@pytest.mark.parametrize('cls', [SetsItsLoss, SetsItAgain, SetsNothing])
+class Mixin:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_func = nn.CrossEntropyLoss(ignore_index=2)
+
+
+class IsMixed(Mixin, Learner): pass
+
+
+class IsPatched(Learner): pass
+
+
+def _patched_init(self, *args, **kwargs):
+    Learner.__init__(self, *args, **kwargs)
+    self.loss_func = nn.CrossEntropyLoss(ignore_index=2)
+
+
+IsPatched.__init__ = _patched_init
+
+
+@pytest.mark.parametrize('cls', [SetsItsLoss, SetsItAgain, SetsNothing, IsMixed, IsPatched])
 def test_a_subclass_that_sets_its_loss_is_smoothed_too(cls):
-    "After Learner.__init__; the flag is never accepted and ignored"
+    "When it trains; the flag is never accepted and ignored"
     learn = quiet(cls(single_dls(), mlp(k=4), CrossEntropyLossFlat(), SGD, label_smoothing=.3))
-    own = learn.loss_func.hard
+    own = learn.loss_func
     kwargs = dict(weight=own.func.weight) if cls is SetsItsLoss else dict(ignore_index=2)
-    close(train_loss(learn, X, Y), ce(X, Y, label_smoothing=.3, **kwargs))
     for pred, y, loss in batches_of(learn)[0]: close(loss, ce(pred, y, label_smoothing=.3, **kwargs))
-    assert learn.to_hard().loss_func is own
+    assert learn.loss_func.hard is own and learn.to_hard().loss_func is own
+    for pred, y, loss in batches_of(learn)[0]: close(loss, ce(pred, y, **kwargs))
     assert type(cls(single_dls(), mlp(k=4), CrossEntropyLossFlat()).loss_func) in (CrossEntropyLossFlat, nn.CrossEntropyLoss)
-    assert 'own' in inspect.signature(SetsItsLoss).parameters
 
 
 def test_a_subclass_whose_own_loss_cannot_be_smoothed():
-    with pytest.raises(TypeError, match='label_smoothing=0.3.*FocalLossFlat'):
-        SetsItsLoss(single_dls(), mlp(k=4), CrossEntropyLossFlat(), own=FocalLossFlat(), label_smoothing=.3)
-    learn = SetsItsLoss(single_dls(), mlp(k=4), FocalLossFlat(), own=BCEWithLogitsLossFlat(), label_smoothing=.2)
+    learn = quiet(SetsItsLoss(single_dls(), mlp(k=4), CrossEntropyLossFlat(), own=FocalLossFlat(), label_smoothing=.3))
+    with pytest.raises(TypeError, match='label_smoothing=0.3.*FocalLossFlat'): learn.fit(1)
+    learn.to_hard().fit(1)
+    learn = quiet(SetsItsLoss(multi_dls(), mlp(), CrossEntropyLossFlat(), own=BCEWithLogitsLossFlat(), label_smoothing=.2))
+    learn.fit(1)
     assert [cb.eps for cb in callbacks_of(learn)] == [.2]
 
 
-def test_a_subclass_that_was_there_before_and_one_whose_init_is_patched():
-    "fastai's own subclasses were made before this package was imported"
-    from fastai.text.learner import TextLearner
-    assert fastai_smooth.learner._is_last(TextLearner.__init__)
-    class Patched(Learner): pass
-    def init(self, *args, **kwargs): Learner.__init__(self, *args, **kwargs)
-    Patched.__init__ = init
-    assert Patched(single_dls(), mlp(k=4), CrossEntropyLossFlat(), label_smoothing=.3).loss_func.eps == .3
+class LooksAtItsLoss(Learner):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss_func.eps = .2
+
+
+def test_a_subclass_sees_the_smoothed_loss_in_its_init():
+    learn = quiet(LooksAtItsLoss(single_dls(), mlp(k=4), CrossEntropyLossFlat(), label_smoothing=.3))
+    learn.fit(1)
+    assert learn.loss_func.eps == .2
 
 
 def test_an_unknown_keyword_is_still_an_error():
