@@ -10,10 +10,10 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 import fastai.losses
-from .kernels.checks import check_eps, check_prior, warn
-from .kernels.targets import along, sigmoid_q
+from .kernels.checks import check_eps, check_prior, label_prior, warn
+from .kernels.targets import sigmoid_q
 from .losses import *
-from .losses import _given_axis, _label_axis_of
+from .losses import _given_axis
 from .prior import train_prior
 
 # %% ../nbs/03_callback.ipynb #a5a50fbc
@@ -68,19 +68,15 @@ class MultiLabelSmoothingCallback(Callback):
     where another callback put a loss of its own in place of `learn.loss_grad`.
     A vectorised version of the forum's callback (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
     order,run_valid = -math.inf,False # before all others: what they do to the loss, they do to the smoothed one
-    _stateattrs = ('_frequencies','_counted','_reached')
-    _frequencies=_counted = None
+    _stateattrs = ('_frequencies','_reached')
+    _frequencies = None
     _reached = True
 
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]; Keras' `label_smoothing` is twice that
         prior:Tensor|str=None # [K] label frequencies in [0,1] to smooth to instead of 1/2; 'train': those of `dls.train`
     ):
-        self.eps = eps
-        if isinstance(prior, str):
-            if prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
-        elif prior is not None: check_prior(prior, sigmoid=True)
-        self.prior = prior
+        self.eps,self.prior = eps,prior
 
     def __repr__(self): return f'{super().__repr__()}(eps={self.eps:g}' + ('' if self.prior is None else f', prior={self.prior!r}') + ')'
 
@@ -94,8 +90,21 @@ class MultiLabelSmoothingCallback(Callback):
         self._eps = check_eps(v, .5)
         if self._eps == .5: warn('eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
 
+    @property
+    def prior(self):
+        "What is smoothed to instead of 1/2; can be set."
+        return self._prior
+
+    @prior.setter
+    def prior(self, v):
+        if isinstance(v, str):
+            if v != 'train': raise ValueError(f"prior must be a tensor or 'train', got {v!r}")
+        elif v is not None: check_prior(v, sigmoid=True)
+        self._prior = v
+
     def before_fit(self):
-        "Refuse what can't work, before anything is trained"
+        "Refuse what can't work, before anything is trained; and count labels anew, but not for a validation, which holds `learn.lock`"
+        if not self.learn.lock.locked(): self._frequencies = None
         if len(self.learn._grab_cbs(MultiLabelSmoothingCallback)) > 1:
             raise ValueError('this Learner has two MultiLabelSmoothingCallbacks: take one out with learn.remove_cb')
         _check_hard(_unmixed(self.learn.loss_func))
@@ -141,11 +150,9 @@ def _restore(self:MultiLabelSmoothingCallback):
 
 @patch
 def _u(self:MultiLabelSmoothingCallback):
-    "The prior [K], or None; label frequencies are counted once a DataLoader"
+    "The prior [K], or None; label frequencies are counted once a fit"
     if not isinstance(self.prior, str): return self.prior
-    if self._counted is not self.dls.train:
-        axis = _given_axis(_unmixed(self.learn.loss_func))
-        self._frequencies,self._counted = train_prior(self.dls, multi=True, axis=axis),self.dls.train
+    if self._frequencies is None: self._frequencies = train_prior(self.dls, multi=True, axis=_given_axis(_unmixed(self.learn.loss_func)))
     return self._frequencies
 
 @patch
@@ -154,9 +161,7 @@ def _smoothed(self:MultiLabelSmoothingCallback, y):
     if not y.is_floating_point(): y = y.to(self.pred.dtype)
     u = self._u()
     if u is None: return sigmoid_q(y, self.eps)
-    axis = _label_axis_of(_unmixed(self.learn.loss_func), self.pred.ndim)
-    u = u.to(y.device, y.dtype)
-    if axis is not None: u = along(u, axis, self.pred.ndim)
+    u = label_prior(u.to(y.device, y.dtype), self.pred.shape, _given_axis(_unmixed(self.learn.loss_func)))
     return sigmoid_q(y.reshape(self.pred.shape), self.eps, u).reshape(y.shape)
 
 @patch
@@ -176,9 +181,7 @@ def _check_target(self:MultiLabelSmoothingCallback):
         shape = getattr(pred, 'shape', None)
         if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
         raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
-    u,axis = self._u(),_label_axis_of(_unmixed(self.learn.loss_func), pred.ndim)
-    k = 1 if axis is None else pred.shape[axis]
-    if u is not None and len(u) != k: raise ValueError(f'prior has {len(u)} labels, the predictions have {k}')
+    if (u := self._u()) is not None: label_prior(u, pred.shape, _given_axis(_unmixed(self.learn.loss_func)))
 
 # %% ../nbs/03_callback.ipynb #ae9bcba7
 def _eps_owner(learn):
@@ -195,7 +198,7 @@ class LabelSmoothingScheduler(Callback):
     """Sets `eps` before each training batch to `sched(pct_train)`, for any fastai schedule such as `SchedCos(.2, 0.)`.
 
     Validation, and all else but training, goes by the configured eps, which is back after the fit; an eps that you set meanwhile is then
-    the configured one. The values are in `recorder.hps['eps']` after the fit (`recorder.plot_sched()`).
+    the configured one. `pct_train` is fastai's, which a validation that a callback starts sets back to 0. The values are in `recorder.hps['eps']` after the fit (`recorder.plot_sched()`).
     Raises a TypeError for a `sched` that is no function, and when a fit starts on a Learner that has nothing to smooth with; a
     ValueError at the first batch for which `sched` gives an eps out of range."""
     order,run_valid = math.inf,False # the last before the loss; and after ParamScheduler, whose after_fit overwrites recorder.hps

@@ -110,7 +110,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
         return loss
 
     def _look(self, input, target):
-        "Do soft targets on a GPU sum to 1? Looking makes a GPU wait: it is done for the first ones, in the first batch of a fit. On a CPU it is always done."
+        "Do soft targets on a GPU sum to 1? Looking makes a GPU wait, so this loss looks at the first ones only. On a CPU all are looked at."
         if self._looked or self.multi_hot or not _is_soft_on_gpu(target) or K.tracing(input, target): return
         if target.is_cuda and torch.cuda.is_current_stream_capturing(): return
         check_soft_rows(target, class_axis(input, self.axis))

@@ -523,7 +523,7 @@ def test_a_prior_of_images(shape, prior):
     model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), x[0].numel()), nn.Unflatten(1, shape))
     multi_learner(dls=tensor_dls(x, y, 8), model=model, cbs=[MultiLabelSmoothingCallback(EPS, prior), keep, q]).fit(1)
     for soft, hard in q.train(): close(soft, .75*hard + .25*(prior.view(-1, 1, 1) if len(shape) == 3 else prior))
-    with pytest.raises(ValueError, match='prior has 4 labels, the predictions have'):
+    with pytest.raises(ValueError, match=r'prior must have shape \((1|3),\).*got \(4,\)'):
         multi_learner(dls=tensor_dls(x, y, 8), model=model, cbs=[MultiLabelSmoothingCallback(EPS, torch.rand(4))]).fit(1)
 
 
@@ -536,17 +536,23 @@ def test_one_logit_and_flat_targets():
     assert {o.shape for o in q.train()} == {(8,)}
 
 
-def test_frequencies_are_counted_once_a_loader(monkeypatch):
+def test_frequencies_are_counted_once_a_fit(monkeypatch):
+    "Not again for the validations in it"
     import fastai_smooth.callback as module
     counted = []
     monkeypatch.setattr(module, 'train_prior', lambda dls, multi, axis: counted.append(dls) or torch.full((5,), .25))
     learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, 'train'), Validates()])
-    learn.fit(2)
-    learn.fit(1)
-    assert len(counted) == 1
-    learn.dls = multi_dls(seed=1)
-    learn.fit(1)
-    assert len(counted) == 2
+    for n in (1, 2):
+        learn.fit(2)
+        assert len(counted) == n
+
+
+def test_a_prior_that_is_set_is_checked():
+    cb = MultiLabelSmoothingCallback(EPS)
+    for bad, ex in ((tensor([.5, 1.5]), ValueError), ('trian', ValueError), ([.1]*5, TypeError)):
+        with pytest.raises(ex, match='prior'): cb.prior = bad
+    cb.prior = tensor([.25]*5)
+    same_training(multi_learner(cbs=[cb]), reference_learner(u=.25))
 
 
 def test_it_shows_eps_and_prior():

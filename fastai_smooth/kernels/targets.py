@@ -91,7 +91,7 @@ def label_axis(ndim: int, axis: int | None = None):
     return axis % ndim
 
 def sigmoid_q(y, eps, prior=None):
-    "q for 0/1 or soft labels `y`; `prior` broadcasts along the last axis."
+    "q for 0/1 or soft labels `y`; `prior` broadcasts to them."
     return soften(y, 2 * eps, .5 if prior is None else prior)
 
 def sigmoid_q_of(y: Tensor, eps: float, dtype: torch.dtype):
