@@ -135,10 +135,6 @@ def _splits(path, files):
         raise BadInput(f'--data {path}: {", ".join(parts)}: by their names parts of a data set, of which one train and one valid (or test) '
                        'are needed, each with one subfolder a class; or give the folder of one part, which is then split')
     _check_alike(path, {o:inside[o] for o in inside if o not in direct})
-    def named(pattern): return [o for o in inside if re.search(pattern, o.casefold())]
-    images,masks = named('image|img'),named('mask|label|annot|segment')
-    if images and masks:
-        raise BadInput(f'--data {path}: {", ".join(images + masks)}: by their names images and masks, not classes, which are needed')
     return ()
 
 def _check_alike(path, inside):
@@ -146,6 +142,13 @@ def _check_alike(path, inside):
     alike = [o for o,subs in inside.items() if any(times[sub] > 1 for sub in subs)]
     if alike: raise BadInput(f'--data {path}: {", ".join(alike)}: are they classes? They hold subfolders of the same names; '
                              'call parts of a data set train and valid, or move images up into the folder of their class')
+
+def _check_masks(path, names):
+    "`names`: of the folders where classes would be"
+    def named(pattern): return [o for o in names if re.search(pattern, o.casefold())]
+    images,masks = named('image|img'),named('mask|label|annot|segment')
+    if images and masks:
+        raise BadInput(f'--data {path}: {", ".join(images + masks)}: by their names images and masks, not classes, which are needed')
 
 # %% ../nbs/10_images.ipynb #860796ae
 def _some(names): return ', '.join(map(str, names[:5])) + ', ...'*(len(names) > 5)
@@ -164,11 +167,12 @@ def image_folder(
     if splits: files = [o for o in files if o.parts[0] in splits]
     for o in files:
         if len(o.parts) < level + 2: raise BadInput(f'--data {path}: {path/o} is in no class; move it to a subfolder named after its class')
-    vocab = sorted({o.parts[level] for o in files})
+    vocab,empty = sorted({o.parts[level] for o in files}),_without_images(path, files, splits)
+    _check_masks(path, sorted({*vocab, *(o.name for o in empty)}))
     index = {o:i for i,o in enumerate(vocab)}
     res = ImageSet([path/o for o in files], np.array([index[o.parts[level]] for o in files]), vocab)
     if splits: res.is_valid = np.array([o.parts[0] == splits[1] for o in files])
-    _check_classes(res, path, splits, _without_images(path, files, splits))
+    _check_classes(res, path, splits, empty)
     print(f'Checking {len(files)} images of {len(vocab)} classes in {path}: {_some(vocab)}', flush=True)
     for f in res.images: _check_image(f)
     return res

@@ -165,7 +165,13 @@ def test_an_image_beside_the_classes_of_a_part_is_named(tmp_path):
 def test_subfolders_of_the_same_names_are_no_classes(tmp_path, names, words): refused(folders(tmp_path, *names), words, 'same names')
 
 @pytest.mark.parametrize('names', [('images', 'masks'), ('Images', 'Annotations'), ('JPEGImages', 'SegmentationClass'), ('img', 'labels')])
-def test_images_and_masks_are_no_classes(tmp_path, names): refused(folders(tmp_path, *names), *names, 'masks')
+def test_images_and_masks_are_no_classes(tmp_path, names):
+    "Nor are they in parts, nor where what belongs to the images is no image"
+    refused(folders(tmp_path/'a', *names), ', '.join(names), 'masks, not classes')
+    refused(folders(tmp_path/'b', *(f'{part}/{o}' for part in ('train', 'val') for o in names)), ', '.join(names), 'masks, not classes')
+    folders(tmp_path/'c', *(f'{part}/{names[0]}' for part in ('train', 'val')))
+    for part in 'train', 'val': (tmp_path/'c'/part/names[1]).mkdir()
+    refused(tmp_path/'c', ', '.join(names), 'masks, not classes')
 
 @pytest.mark.parametrize('names,classes', [
     (('bus', 'car', 'train'), ['bus', 'car', 'train']), (('blood test', 'x-ray'), ['blood test', 'x-ray']), (('cat/siamese', 'dog/poodle', 'dog'), ['cat', 'dog']), (('images', 'drawings'), ['drawings', 'images'])])
