@@ -66,9 +66,11 @@ def fashion(
     return ImageSet(_rgb(images), classes, parts[0].classes, np.arange(len(images)) >= len(parts[0]))
 
 # %% ../nbs/10_images.ipynb #imopen04
+def _grey_16(im, source): return im.mode.startswith('I;16') or (im.mode == 'I' and source in ('PNG','PPM')) # 16 bits in both
+
 def _as_rgb(im, source):
     "8-bit RGB of an image, which was read from a file of format `source`"
-    if im.mode.startswith('I;16') or (im.mode == 'I' and source in ('PNG','PPM')): # 16 bits in both
+    if _grey_16(im, source):
         return Image.fromarray((np.asarray(im)/257).round().astype(np.uint8)).convert('RGB')
     if im.mode in ('I','F'): raise ValueError('pixels of 32 bits do not say which value is white; save it with 8 or 16 bits')
     if not ({'A','a'} & set(im.getbands()) or 'transparency' in im.info): return im.convert('RGB')
@@ -174,7 +176,7 @@ def image_folder(
     if splits: res.is_valid = np.array([o.parts[0] == splits[1] for o in files])
     _check_classes(res, path, splits, empty)
     print(f'Checking {len(files)} images of {len(vocab)} classes in {path}: {_some(vocab)}', flush=True)
-    for f in res.images: _check_image(f)
+    _warn_of_dark([f for f in res.images if _check_image(f)], len(files))
     return res
 
 # %% ../nbs/10_images.ipynb #c30592b2
@@ -206,8 +208,16 @@ def _check_classes(s, path, splits, empty):
         if unseen: raise BadInput(f'--data {path}: {valid} has images of {named(unseen)}, {train} has none')
 
 def _check_image(f):
+    "Does `f` use less than an eighth of the 16 bits it has? `BadInput` if it can't be trained on."
     if not f.is_file(): raise BadInput(f'--data: {f} is no file, or a link to none; remove it') # a pipe would be waited for
-    with or_bad_input(f"--data: {f} can't be read; mend or remove it"): open_image(f, draft=(32,32)) # fast, and a truncated one still fails
+    with or_bad_input(f"--data: {f} can't be read; mend or remove it"):
+        im = open_image(f, draft=(32,32)) # fast, and a truncated one still fails
+        if max(high for _,high in im.getextrema()) >= 256/8: return False
+        with Image.open(f) as im: return _grey_16(im, im.format) or bool(re.search(';16[BLN]', str(im.tile))) # Pillow's names for them
+
+def _warn_of_dark(dark, n):
+    if dark: print(f'Nearly black: {len(dark)} of {n} images use less than an eighth of their 16 bits, {dark[0]} the first; '
+                   'scale their pixels to the full 16 bits first', flush=True)
 
 # %% ../nbs/10_images.ipynb #d3d3ed03
 def split_valid(
