@@ -366,6 +366,15 @@ def check_out(
     if first and not first.startswith(','.join(['eps','seed',*METRICS])):
         raise BadInput(f'--out {out}: holds a results.csv that this program did not write; give another folder')
 
+@contextmanager
+def _no_empty_folders(out):
+    "In the end, of `out` and the folders above it, those that are new and have nothing in them are removed"
+    new = [o for o in (out, *out.parents) if not os.path.exists(o)]
+    try: yield
+    finally:
+        with suppress(OSError): # of a folder that is not empty
+            for o in new: o.rmdir()
+
 # %% ../nbs/11_compare.ipynb #9a19ec36
 def _picture(file): return file.with_name(file.stem.replace('results', 'reliability') + '.png')
 
@@ -427,7 +436,9 @@ def report(
             file = file or new_results(args.out)
             write_results(runs, file)
             with _complete(_picture(file)) as part: fig.savefig(part, dpi=150, format='png')
-        except OSError as e: raise BadInput(f"--out {args.out}: can't write there ({e})") from e
+        except OSError as e:
+            if file and file.exists() and not file.stat().st_size: file.unlink() # it had only taken the name
+            raise BadInput(f"--out {args.out}: can't write there ({e})") from e
     print(f'In {args.out}: {file.name}, {_picture(file).name}')
 
 # %% ../nbs/11_compare.ipynb #942c9936
@@ -460,14 +471,15 @@ def compare(
     # images so small gain little from more threads, lose much when other programs want them too, and round differently
     if args.data == 'digits': torch.set_num_threads(1)
     check_training(data, **options)
-    check_out(args.out)
     auto = 'auto' in args.eps
     # one split for all seeds: the pilot must not see what is scored
     if auto: data = ImageSet(data.images, data.classes, data.vocab, data.validation(0))
     n_valid = data.validation(0).sum()
-    print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
-    if auto: args.eps = _with_auto(args.eps, data, options)
-    return _run_all([(eps,seed) for seed in range(args.seeds) for eps in args.eps], data, options, args)
+    with _no_empty_folders(args.out):
+        check_out(args.out)
+        print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
+        if auto: args.eps = _with_auto(args.eps, data, options)
+        return _run_all([(eps,seed) for seed in range(args.seeds) for eps in args.eps], data, options, args)
 
 # %% ../nbs/11_compare.ipynb #8128c4eb
 COMMANDS = dict(compare=compare, bench=bench)
