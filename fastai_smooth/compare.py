@@ -208,6 +208,12 @@ def plot_reliability(
     return fig
 
 # %% ../nbs/11_compare.ipynb #auto0002
+def _pilot_images(data, noise):
+    "The training images of seed 0, with a validation set of their own"
+    valid = data.validation(0)
+    classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
+    return ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
+
 def choose_eps(
     data:ImageSet, # what `digits`, `fashion` or `image_folder` gives
     arch:str='resnet18', # a name that `find_arch` knows
@@ -221,11 +227,11 @@ def choose_eps(
 ) -> EpsSuggestion:
     """What `eps_find` suggests for the training images of seed 0. `BadInput` where the pilot fails, or there are fewer images left than
     a batch has."""
-    valid = data.validation(0)
-    classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
-    train = ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
+    train = _pilot_images(data, noise)
     n,n_train = min(epochs, max(3, round(.3*epochs))),(~train.is_valid).sum()
-    if bs > n_train: raise BadInput(f'--eps auto: holds out a fifth of the training images, and {n_train} are left; give --bs {n_train} or less')
+    if bs > n_train:
+        remedy = f'--bs {n_train} or less' if n_train > 1 else 'eps as a number'
+        raise BadInput(f'--eps auto: holds out a fifth of the training images, and {n_train} are left; give {remedy}')
     def fit(learn): (learn.fine_tune if pretrained else learn.fit_one_cycle)(n, lr)
     with no_random(0):
         learn = get_learner(get_dls(train, 0, bs=bs, **kwargs), 0, arch, pretrained)
@@ -307,7 +313,7 @@ exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)
     g('--arch', default='resnet18', help='a torchvision model or fastai xresnet (default: resnet18)')
     g('--pretrained', action='store_true', help='fine-tune ImageNet weights, downloaded once')
     g('--lr', type=_lr, default=3e-3, help='peak learning rate (default: 0.003)')
-    g('--bs', type=_count, default=64, metavar='N', help='batch size (default: 64)')
+    g('--bs', type=_count, metavar='N', help='batch size (default: 64, or all training images if there are fewer)')
     add('--out', type=Path, default=Path('fastai_smooth_out'), metavar='DIR',
         help='where results.csv and reliability.png go, or results-2.csv and so on beside earlier ones (default: fastai_smooth_out)')
     return p
@@ -326,9 +332,11 @@ def load_images(
     if args.data == 'fashion': return fashion(args.root, args.download)
     if args.data == 'digits': return digits()
     with or_bad_input(f'--out {str(args.out)[:200]}: no such folder'): out = args.out.resolve()
-    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = out.is_relative_to(Path(args.data).resolve()) and Path(args.data).is_dir()
+    data = Path(args.data)
+    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = out.is_relative_to(data.resolve()) and data.is_dir()
     if inside:
-        raise BadInput(f'--out {args.out}: lies in --data {args.data}, where the plot would count as an image')
+        raise BadInput(f'--out {args.out}: lies in --data {args.data}, where the plot would count as an image; give another, '
+                       f"such as --out {os.path.normpath(data/'..'/'fastai_smooth_out')}")
     return image_folder(args.data)
 
 def _run_options(args):
@@ -353,6 +361,13 @@ def check_training(
     with no_random(0):
         with or_bad_input(no_model): learn = get_learner(get_dls(data, 0, size=size, bs=bs), 0, arch, pretrained)
         with or_bad_input(no_batch): learn.model.train()(learn.dls.one_batch()[0])
+
+def _default_bs(data, args):
+    "64, or as many images as the smallest training has, but two at least"
+    smallest = _pilot_images(data, args.noise) if 'auto' in args.eps else data
+    n = max(2, (~smallest.validation(0)).sum())
+    if n < 64: print(f'Batches of {n} images: there are no more to train on', flush=True)
+    return int(min(64, n))
 
 def check_out(
     out:Path, # where results go
@@ -467,7 +482,9 @@ def compare(
     "The command `compare`. `BadInput` for options that can't be worked with. Else raises what `one_run`, `choose_eps` and `report` raise."
     args = compare_parser().parse_args(argv)
     if len(set(args.eps)) < len(args.eps): raise BadInput(f'--eps {" ".join(map(str, args.eps))}: one is there twice')
-    data,options = load_images(args),_run_options(args)
+    data = load_images(args)
+    if args.bs is None: args.bs = _default_bs(data, args)
+    options = _run_options(args)
     # images so small gain little from more threads, lose much when other programs want them too, and round differently
     if args.data == 'digits': torch.set_num_threads(1)
     check_training(data, **options)

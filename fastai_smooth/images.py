@@ -197,7 +197,8 @@ def _check_classes(s, path, splits, empty):
         print(f'Training on {path/train}, validation on {path/valid}' + (f'; left out: {_some(others)}' if others else ''), flush=True)
     if empty: print(no_images, flush=True)
     if len(s.vocab) < 2:
-        raise BadInput(f'--data {path}: one class only ({s.vocab[0]}); two are needed' + (f'. {no_images}' if empty else ''))
+        raise BadInput(f'--data {path}: one class only ({s.vocab[0]}); two are needed'
+                       + (f'. {no_images}' if empty else '') + ('' if splits else _inside(s.images)))
     if s.is_valid is None:
         few = np.flatnonzero(np.bincount(s.classes) < 2)
         if len(few): raise BadInput(f'--data {path}: one image only of {named(few)}; each class needs two')
@@ -206,6 +207,12 @@ def _check_classes(s, path, splits, empty):
             if not (s.is_valid == o).any(): raise BadInput(f'--data {path}: no images in {path/part}')
         unseen = {*s.classes[s.is_valid]} - {*s.classes[~s.is_valid]}
         if unseen: raise BadInput(f'--data {path}: {valid} has images of {named(unseen)}, {train} has none')
+
+def _inside(images):
+    "What to give instead of a folder around the one with the classes, as unzipping makes it"
+    folder = Path(os.path.commonpath([o.parent for o in images]))
+    names = sorted({o.relative_to(folder).parts[0] for o in images})
+    return '' if folder in {o.parent for o in images} else f'. {folder.name} holds {_some(names)}: give {folder}'
 
 def _check_image(f):
     "Does `f` use less than an eighth of the 16 bits it has? `BadInput` if it can't be trained on."

@@ -715,10 +715,6 @@ def folder_empty_train(p):
 def folder_unseen_class(p):
     for o in ('train/a', 'train/b', 'valid/a', 'valid/c'): save(p/o, '1.png')
     return 'valid c train'
-def folder_fewer_than_a_batch(p):
-    for o in 'ab': save(p/o, '1.png'); save(p/o, '2.png')
-    return '--bs 64 2'
-
 bad_folders = [v for k,v in list(globals().items()) if k.startswith('folder_')]
 
 @pytest.mark.parametrize('make', bad_folders, ids=lambda f: f.__name__)
@@ -737,6 +733,36 @@ def test_out_that_cannot_be_written(out, tmp_path, capsys, no_training):
 def test_out_without_permission(tmp_path, capsys, no_training):
     tmp_path.chmod(0o500)
     assert str(tmp_path) in refused(capsys, *ARCH, '--out', tmp_path)
+
+def test_a_batch_size_that_was_not_asked_for_fits(photos, tmp_path, monkeypatch, capsys):
+    "Ten images in each class: 16 to train on, 12 for a pilot; what was asked for is not changed"
+    seen = []
+    def one_run(data, eps, seed, **kwargs):
+        seen.append(kwargs['bs'])
+        return fake_run(data, eps, seed)
+    monkeypatch.setattr(cmp, 'one_run', one_run)
+    monkeypatch.setattr(cmp, '_with_auto', lambda epss, data, options: [choose_eps(data, **options).eps])
+    args = ['--data', photos, *ARCH, '--seeds', 1, '--epochs', 1, '--out', tmp_path/'o']
+    for eps,bs in (0, 16), ('auto', 12):
+        assert run_main(*args, '--eps', eps) == 0
+        assert f'Batches of {bs} images: there are no more to train on\n' in capsys.readouterr().out
+    assert run_main('--eps', 0, '--seeds', 1, *ARCH, '--out', tmp_path/'digits') == 0
+    assert 'Batches' not in capsys.readouterr().out
+    assert seen == [16, 12, 64]
+    assert '--bs 64: there are 16 training images only; give --bs 16 or less' in refused(capsys, *args, '--bs', 64)
+
+def test_auto_with_nothing_left_for_a_pilot(tmp_path, capsys, no_training):
+    for o in 'ab': save(tmp_path/'photos'/o, '1.png'); save(tmp_path/'photos'/o, '2.png')
+    err = refused(capsys, '--data', tmp_path/'photos', *ARCH, '--eps', 'auto', '--out', tmp_path/'o')
+    assert '0 are left; give eps as a number' in err
+
+def test_out_among_the_images_by_default(photos, tmp_path, monkeypatch, capsys):
+    "What is given instead works"
+    monkeypatch.chdir(photos)
+    out = str(Path('..', 'fastai_smooth_out'))
+    assert refused(capsys, '--data', '.').endswith(f'such as --out {out}\n')
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    assert run_main('--data', '.', *TINY_ARGS, '--out', out) == 0 and (tmp_path/'fastai_smooth_out'/'results.csv').exists()
 
 def test_out_among_the_images(photos, capsys, no_training):
     "The second time, the plot of the first would be an image of a class named as --out is"

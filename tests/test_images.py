@@ -216,6 +216,17 @@ def test_classes_without_images_are_named(tmp_path, capsys):
     (tmp_path/'c'/'bird').mkdir(parents=True)
     refused(folders(tmp_path/'c', 'cat'), 'one class only (cat)', 'No images in bird')
 
+def test_a_folder_around_the_classes_is_told(tmp_path):
+    "As unzipping makes it; one of parts, too; nothing is told of a folder that has images and no classes"
+    for i,names in enumerate([('photos/cat', 'photos/dog'), ('photos/train/cat', 'photos/train/dog', 'photos/valid/cat', 'photos/valid/dog')]):
+        folders(tmp_path/f'{i}', *names)
+        refused(tmp_path/f'{i}', f"(photos); two are needed. photos holds {('cat, dog', 'train, valid')[i]}: give {tmp_path/f'{i}'/'photos'}")
+        assert image_folder(tmp_path/f'{i}'/'photos').vocab == ['cat', 'dog']
+    folders(tmp_path/'deep', 'photos/photos/cat', 'photos/photos/dog')
+    refused(tmp_path/'deep', f"photos holds cat, dog: give {tmp_path/'deep'/'photos'/'photos'}")
+    for names in ('photos',), ('cat', 'cat/siamese'):
+        with pytest.raises(BadInput, match='two are needed$'): image_folder(folders(tmp_path/names[0], *names))
+
 def test_hidden_folders_are_no_classes(tmp_path): assert image_folder(folders(tmp_path, 'cat', 'dog', '.thumbs', 'dog/.cache')).vocab == ['cat', 'dog']
 
 
