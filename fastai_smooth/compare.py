@@ -36,7 +36,8 @@ def measures(
     """By name of `CALIBRATION`: the value of all `runs` in one pool, and its 95% interval; an image that several runs have counts as one.
     Raises what `bootstrap_interval` raises."""
     def pool(o): return torch.cat([r[o] for r in runs])
-    return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'), groups=pool('images'))) for name,(f,o) in CALIBRATION.items()}
+    return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'), groups=pool('images')))
+            for name,(f,o) in CALIBRATION.items()}
 
 def score(
     logits:Tensor, # (n,K)
@@ -44,8 +45,8 @@ def score(
     images:Tensor=None, # (n,) their numbers, by which runs have them in common
 ) -> dict:
     """`METRICS`, `temperature`, `CALIBRATION` with intervals, and what they are made from: `probs` and, after a cross-fitted temperature,
-    `after`, both (n,K), `targs` and `images`. Accuracy and confidence gap are fractions, NLL is in nats. Raises a TypeError or ValueError for
-    logits and targets that don't go together."""
+    `after`, both (n,K), `targs` and `images`. Accuracy and confidence gap are fractions, NLL is in nats. Raises a TypeError or ValueError
+    for logits and targets that don't go together."""
     logits,targs = logits.as_subclass(Tensor).double(),targs.as_subclass(Tensor)
     probs = logits.softmax(1)
     confidence,pred = probs.max(1)
@@ -204,7 +205,8 @@ def plot_reliability(
     axes[1,0].set_ylabel('share of images')
     fig.suptitle('Validation images, all seeds')
     handles,labels = axes[0,0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)), title='larger dots: more images in the bin; bands: 95% intervals')
+    fig.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)),
+               title='larger dots: more images in the bin; bands: 95% intervals')
     return fig
 
 # %% ../nbs/11_compare.ipynb #auto0002
@@ -243,9 +245,11 @@ def _print_found(found, is_cut):
     if math.isnan(found.noise): # the pilot has not learnt
         print(f'eps auto: {found.eps:.3f}, {found.verdict}', flush=True)
         return
-    print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(found.eps, *found.eps_interval, found.valid_error))
+    print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(
+        found.eps, *found.eps_interval, found.valid_error))
     low,high = found.noise_interval
-    print('random labels, as far as the pilot tells: ' + (f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'), flush=True)
+    told = f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'
+    print(f'random labels, as far as the pilot tells: {told}', flush=True)
     if is_cut: print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
 
 def _with_auto(epss, data, options):
@@ -442,8 +446,8 @@ def report(
     args:argparse.Namespace, # what `compare_parser` gives
     file:Path=None, # what `new_results` gave (None: ask it)
 ):
-    """Print the tables, then write results and their picture, whatever came of printing. `BadInput` where they can't be written. Else raises
-    what `calibration_table` raises."""
+    """Print the tables, then write results and their picture, whatever came of printing. `BadInput` where they can't be written. Else
+    raises what `calibration_table` raises."""
     try: print_report(runs, 0 in args.eps)
     finally:
         fig = plot_reliability(runs)
