@@ -19,13 +19,12 @@ def _command():
     else: from .compare import main as run
     return run
 
-def _reader_gone():
-    "Is there nobody who reads what is printed? Then nothing more is."
+def _stdout_error():
+    "The error that printing gives, such as that nobody reads, or that a disk is full; then nothing more is printed"
     try: print(flush=True)
-    except OSError as e: # if it is not a pipe: a full disk, say
+    except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # Python prints what is left when it ends
-        return isinstance(e, BrokenPipeError)
-    return False
+        return e
 
 def main():
     "Runs the command of this process, and returns its exit code."
@@ -41,8 +40,9 @@ def main():
         _say('interrupted')
         code = 130
     except OSError as e:
-        if _reader_gone(): return 141 # as of any program whose output goes to `head`
-        _say(str(e))
+        of_stdout = _stdout_error()
+        if isinstance(of_stdout, BrokenPipeError): return 141 # as of any program whose output goes to `head`
+        _say(f"can't write to standard output ({of_stdout.strerror})" if of_stdout else str(e))
         code = 2
     _on_ctrl_c(_stop) # what Python does at its end has nothing to keep, either
     return code

@@ -36,7 +36,8 @@ def measures(
     """By name of `CALIBRATION`: the value of all `runs` in one pool, and its 95% interval; an image that several runs have counts as one.
     Raises what `bootstrap_interval` raises."""
     def pool(o): return torch.cat([r[o] for r in runs])
-    return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'), groups=pool('images'))) for name,(f,o) in CALIBRATION.items()}
+    return {name:(f(pool(o), pool('targs')).item(), *bootstrap_interval(f, pool(o), pool('targs'), groups=pool('images')))
+            for name,(f,o) in CALIBRATION.items()}
 
 def score(
     logits:Tensor, # (n,K)
@@ -44,8 +45,8 @@ def score(
     images:Tensor=None, # (n,) their numbers, by which runs have them in common
 ) -> dict:
     """`METRICS`, `temperature`, `CALIBRATION` with intervals, and what they are made from: `probs` and, after a cross-fitted temperature,
-    `after`, both (n,K), `targs` and `images`. Accuracy and confidence gap are fractions, NLL is in nats. Raises a TypeError or ValueError for
-    logits and targets that don't go together."""
+    `after`, both (n,K), `targs` and `images`. Accuracy and confidence gap are fractions, NLL is in nats. Raises a TypeError or ValueError
+    for logits and targets that don't go together."""
     logits,targs = logits.as_subclass(Tensor).double(),targs.as_subclass(Tensor)
     probs = logits.softmax(1)
     confidence,pred = probs.max(1)
@@ -204,10 +205,17 @@ def plot_reliability(
     axes[1,0].set_ylabel('share of images')
     fig.suptitle('Validation images, all seeds')
     handles,labels = axes[0,0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)), title='larger dots: more images in the bin; bands: 95% intervals')
+    fig.legend(handles, labels, loc='outside lower center', ncols=min(4, len(labels)),
+               title='larger dots: more images in the bin; bands: 95% intervals')
     return fig
 
 # %% ../nbs/11_compare.ipynb #auto0002
+def _pilot_images(data, noise):
+    "The training images of seed 0, with a validation set of their own"
+    valid = data.validation(0)
+    classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
+    return ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
+
 def choose_eps(
     data:ImageSet, # what `digits`, `fashion` or `image_folder` gives
     arch:str='resnet18', # a name that `find_arch` knows
@@ -221,11 +229,11 @@ def choose_eps(
 ) -> EpsSuggestion:
     """What `eps_find` suggests for the training images of seed 0. `BadInput` where the pilot fails, or there are fewer images left than
     a batch has."""
-    valid = data.validation(0)
-    classes = flip_labels(data.classes, noise, len(data.vocab), 0)[~valid]
-    train = ImageSet([data.images[i] for i in np.flatnonzero(~valid)], classes, data.vocab, split_valid(classes, 0))
+    train = _pilot_images(data, noise)
     n,n_train = min(epochs, max(3, round(.3*epochs))),(~train.is_valid).sum()
-    if bs > n_train: raise BadInput(f'--eps auto: holds out a fifth of the training images, and {n_train} are left; give --bs {n_train} or less')
+    if bs > n_train:
+        remedy = f'--bs {n_train} or less' if n_train > 1 else 'eps as a number'
+        raise BadInput(f'--eps auto: holds out a fifth of the training images, and {n_train} are left; give {remedy}')
     def fit(learn): (learn.fine_tune if pretrained else learn.fit_one_cycle)(n, lr)
     with no_random(0):
         learn = get_learner(get_dls(train, 0, bs=bs, **kwargs), 0, arch, pretrained)
@@ -237,9 +245,11 @@ def _print_found(found, is_cut):
     if math.isnan(found.noise): # the pilot has not learnt
         print(f'eps auto: {found.eps:.3f}, {found.verdict}', flush=True)
         return
-    print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(found.eps, *found.eps_interval, found.valid_error))
+    print('eps auto: {:.3f} [{:.3f}, {:.3f}] from the validation error of the pilot, {:.3f}'.format(
+        found.eps, *found.eps_interval, found.valid_error))
     low,high = found.noise_interval
-    print('random labels, as far as the pilot tells: ' + (f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'), flush=True)
+    told = f'{found.noise:.3f} [{low:.3f}, {high:.3f}]' if high-low < .5 else 'it does not'
+    print(f'random labels, as far as the pilot tells: {told}', flush=True)
     if is_cut: print(f'cut to {found.eps:g}: such an error says more about the model than about labels; try more --epochs', flush=True)
 
 def _with_auto(epss, data, options):
@@ -307,7 +317,7 @@ exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)
     g('--arch', default='resnet18', help='a torchvision model or fastai xresnet (default: resnet18)')
     g('--pretrained', action='store_true', help='fine-tune ImageNet weights, downloaded once')
     g('--lr', type=_lr, default=3e-3, help='peak learning rate (default: 0.003)')
-    g('--bs', type=_count, default=64, metavar='N', help='batch size (default: 64)')
+    g('--bs', type=_count, metavar='N', help='batch size (default: 64, or all training images if there are fewer)')
     add('--out', type=Path, default=Path('fastai_smooth_out'), metavar='DIR',
         help='where results.csv and reliability.png go, or results-2.csv and so on beside earlier ones (default: fastai_smooth_out)')
     return p
@@ -326,9 +336,11 @@ def load_images(
     if args.data == 'fashion': return fashion(args.root, args.download)
     if args.data == 'digits': return digits()
     with or_bad_input(f'--out {str(args.out)[:200]}: no such folder'): out = args.out.resolve()
-    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = out.is_relative_to(Path(args.data).resolve()) and Path(args.data).is_dir()
+    data = Path(args.data)
+    with or_bad_input(f'--data {args.data[:200]}: no such folder'): inside = out.is_relative_to(data.resolve()) and data.is_dir()
     if inside:
-        raise BadInput(f'--out {args.out}: lies in --data {args.data}, where the plot would count as an image')
+        raise BadInput(f'--out {args.out}: lies in --data {args.data}, where the plot would count as an image; give another, '
+                       f"such as --out {os.path.normpath(data/'..'/'fastai_smooth_out')}")
     return image_folder(args.data)
 
 def _run_options(args):
@@ -354,6 +366,13 @@ def check_training(
         with or_bad_input(no_model): learn = get_learner(get_dls(data, 0, size=size, bs=bs), 0, arch, pretrained)
         with or_bad_input(no_batch): learn.model.train()(learn.dls.one_batch()[0])
 
+def _default_bs(data, args):
+    "64, or as many images as the smallest training has, but two at least"
+    smallest = _pilot_images(data, args.noise) if 'auto' in args.eps else data
+    n = max(2, (~smallest.validation(0)).sum())
+    if n < 64: print(f'Batches of {n} images: there are no more to train on', flush=True)
+    return int(min(64, n))
+
 def check_out(
     out:Path, # where results go
 ):
@@ -365,6 +384,15 @@ def check_out(
         first = file.open(errors='replace').readline() if file.exists() else ''
     if first and not first.startswith(','.join(['eps','seed',*METRICS])):
         raise BadInput(f'--out {out}: holds a results.csv that this program did not write; give another folder')
+
+@contextmanager
+def _no_empty_folders(out):
+    "In the end, of `out` and the folders above it, those that are new and have nothing in them are removed"
+    new = [o for o in (out, *out.parents) if not os.path.exists(o)]
+    try: yield
+    finally:
+        with suppress(OSError): # of a folder that is not empty
+            for o in new: o.rmdir()
 
 # %% ../nbs/11_compare.ipynb #9a19ec36
 def _picture(file): return file.with_name(file.stem.replace('results', 'reliability') + '.png')
@@ -418,8 +446,8 @@ def report(
     args:argparse.Namespace, # what `compare_parser` gives
     file:Path=None, # what `new_results` gave (None: ask it)
 ):
-    """Print the tables, then write results and their picture, whatever came of printing. `BadInput` where they can't be written. Else raises
-    what `calibration_table` raises."""
+    """Print the tables, then write results and their picture, whatever came of printing. `BadInput` where they can't be written. Else
+    raises what `calibration_table` raises."""
     try: print_report(runs, 0 in args.eps)
     finally:
         fig = plot_reliability(runs)
@@ -427,7 +455,9 @@ def report(
             file = file or new_results(args.out)
             write_results(runs, file)
             with _complete(_picture(file)) as part: fig.savefig(part, dpi=150, format='png')
-        except OSError as e: raise BadInput(f"--out {args.out}: can't write there ({e})") from e
+        except OSError as e:
+            if file and file.exists() and not file.stat().st_size: file.unlink() # it had only taken the name
+            raise BadInput(f"--out {args.out}: can't write there ({e})") from e
     print(f'In {args.out}: {file.name}, {_picture(file).name}')
 
 # %% ../nbs/11_compare.ipynb #942c9936
@@ -456,18 +486,21 @@ def compare(
     "The command `compare`. `BadInput` for options that can't be worked with. Else raises what `one_run`, `choose_eps` and `report` raise."
     args = compare_parser().parse_args(argv)
     if len(set(args.eps)) < len(args.eps): raise BadInput(f'--eps {" ".join(map(str, args.eps))}: one is there twice')
-    data,options = load_images(args),_run_options(args)
+    data = load_images(args)
+    if args.bs is None: args.bs = _default_bs(data, args)
+    options = _run_options(args)
     # images so small gain little from more threads, lose much when other programs want them too, and round differently
     if args.data == 'digits': torch.set_num_threads(1)
     check_training(data, **options)
-    check_out(args.out)
     auto = 'auto' in args.eps
     # one split for all seeds: the pilot must not see what is scored
     if auto: data = ImageSet(data.images, data.classes, data.vocab, data.validation(0))
     n_valid = data.validation(0).sum()
-    print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
-    if auto: args.eps = _with_auto(args.eps, data, options)
-    return _run_all([(eps,seed) for seed in range(args.seeds) for eps in args.eps], data, options, args)
+    with _no_empty_folders(args.out):
+        check_out(args.out)
+        print(f'{len(data.classes)-n_valid} training and {n_valid} validation images of {len(data.vocab)} classes', flush=True)
+        if auto: args.eps = _with_auto(args.eps, data, options)
+        return _run_all([(eps,seed) for seed in range(args.seeds) for eps in args.eps], data, options, args)
 
 # %% ../nbs/11_compare.ipynb #8128c4eb
 COMMANDS = dict(compare=compare, bench=bench)

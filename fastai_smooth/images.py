@@ -66,9 +66,11 @@ def fashion(
     return ImageSet(_rgb(images), classes, parts[0].classes, np.arange(len(images)) >= len(parts[0]))
 
 # %% ../nbs/10_images.ipynb #imopen04
+def _grey_16(im, source): return im.mode.startswith('I;16') or (im.mode == 'I' and source in ('PNG','PPM')) # 16 bits in both
+
 def _as_rgb(im, source):
     "8-bit RGB of an image, which was read from a file of format `source`"
-    if im.mode.startswith('I;16') or (im.mode == 'I' and source in ('PNG','PPM')): # 16 bits in both
+    if _grey_16(im, source):
         return Image.fromarray((np.asarray(im)/257).round().astype(np.uint8)).convert('RGB')
     if im.mode in ('I','F'): raise ValueError('pixels of 32 bits do not say which value is white; save it with 8 or 16 bits')
     if not ({'A','a'} & set(im.getbands()) or 'transparency' in im.info): return im.convert('RGB')
@@ -135,10 +137,6 @@ def _splits(path, files):
         raise BadInput(f'--data {path}: {", ".join(parts)}: by their names parts of a data set, of which one train and one valid (or test) '
                        'are needed, each with one subfolder a class; or give the folder of one part, which is then split')
     _check_alike(path, {o:inside[o] for o in inside if o not in direct})
-    def named(pattern): return [o for o in inside if re.search(pattern, o.casefold())]
-    images,masks = named('image|img'),named('mask|label|annot|segment')
-    if images and masks:
-        raise BadInput(f'--data {path}: {", ".join(images + masks)}: by their names images and masks, not classes, which are needed')
     return ()
 
 def _check_alike(path, inside):
@@ -146,6 +144,13 @@ def _check_alike(path, inside):
     alike = [o for o,subs in inside.items() if any(times[sub] > 1 for sub in subs)]
     if alike: raise BadInput(f'--data {path}: {", ".join(alike)}: are they classes? They hold subfolders of the same names; '
                              'call parts of a data set train and valid, or move images up into the folder of their class')
+
+def _check_masks(path, names):
+    "`names`: of the folders where classes would be"
+    def named(pattern): return [o for o in names if re.search(pattern, o.casefold())]
+    images,masks = named('image|img'),named('mask|label|annot|segment')
+    if images and masks:
+        raise BadInput(f'--data {path}: {", ".join(images + masks)}: by their names images and masks, not classes, which are needed')
 
 # %% ../nbs/10_images.ipynb #860796ae
 def _some(names): return ', '.join(map(str, names[:5])) + ', ...'*(len(names) > 5)
@@ -164,13 +169,14 @@ def image_folder(
     if splits: files = [o for o in files if o.parts[0] in splits]
     for o in files:
         if len(o.parts) < level + 2: raise BadInput(f'--data {path}: {path/o} is in no class; move it to a subfolder named after its class')
-    vocab = sorted({o.parts[level] for o in files})
+    vocab,empty = sorted({o.parts[level] for o in files}),_without_images(path, files, splits)
+    _check_masks(path, sorted({*vocab, *(o.name for o in empty)}))
     index = {o:i for i,o in enumerate(vocab)}
     res = ImageSet([path/o for o in files], np.array([index[o.parts[level]] for o in files]), vocab)
     if splits: res.is_valid = np.array([o.parts[0] == splits[1] for o in files])
-    _check_classes(res, path, splits, _without_images(path, files, splits))
+    _check_classes(res, path, splits, empty)
     print(f'Checking {len(files)} images of {len(vocab)} classes in {path}: {_some(vocab)}', flush=True)
-    for f in res.images: _check_image(f)
+    _warn_of_dark([f for f in res.images if _check_image(f)], len(files))
     return res
 
 # %% ../nbs/10_images.ipynb #c30592b2
@@ -191,7 +197,8 @@ def _check_classes(s, path, splits, empty):
         print(f'Training on {path/train}, validation on {path/valid}' + (f'; left out: {_some(others)}' if others else ''), flush=True)
     if empty: print(no_images, flush=True)
     if len(s.vocab) < 2:
-        raise BadInput(f'--data {path}: one class only ({s.vocab[0]}); two are needed' + (f'. {no_images}' if empty else ''))
+        raise BadInput(f'--data {path}: one class only ({s.vocab[0]}); two are needed'
+                       + (f'. {no_images}' if empty else '') + ('' if splits else _inside(s.images)))
     if s.is_valid is None:
         few = np.flatnonzero(np.bincount(s.classes) < 2)
         if len(few): raise BadInput(f'--data {path}: one image only of {named(few)}; each class needs two')
@@ -201,9 +208,23 @@ def _check_classes(s, path, splits, empty):
         unseen = {*s.classes[s.is_valid]} - {*s.classes[~s.is_valid]}
         if unseen: raise BadInput(f'--data {path}: {valid} has images of {named(unseen)}, {train} has none')
 
+def _inside(images):
+    "What to give instead of a folder around the one with the classes, as unzipping makes it"
+    folder = Path(os.path.commonpath([o.parent for o in images]))
+    names = sorted({o.relative_to(folder).parts[0] for o in images})
+    return '' if folder in {o.parent for o in images} else f'. {folder.name} holds {_some(names)}: give {folder}'
+
 def _check_image(f):
+    "Does `f` use less than an eighth of the 16 bits it has? `BadInput` if it can't be trained on."
     if not f.is_file(): raise BadInput(f'--data: {f} is no file, or a link to none; remove it') # a pipe would be waited for
-    with or_bad_input(f"--data: {f} can't be read; mend or remove it"): open_image(f, draft=(32,32)) # fast, and a truncated one still fails
+    with or_bad_input(f"--data: {f} can't be read; mend or remove it"):
+        im = open_image(f, draft=(32,32)) # fast, and a truncated one still fails
+        if max(high for _,high in im.getextrema()) >= 256/8: return False
+        with Image.open(f) as im: return _grey_16(im, im.format) or bool(re.search(';16[BLN]', str(im.tile))) # Pillow's names for them
+
+def _warn_of_dark(dark, n):
+    if dark: print(f'Nearly black: {len(dark)} of {n} images use less than an eighth of their 16 bits, {dark[0]} the first; '
+                   'scale their pixels to the full 16 bits first', flush=True)
 
 # %% ../nbs/10_images.ipynb #d3d3ed03
 def split_valid(

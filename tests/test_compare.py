@@ -413,7 +413,7 @@ def test_auto_with_too_large_batches(photos, tmp_path, capsys, no_training):
 def test_auto_for_real(photos, tmp_path, capsys):
     assert run_main('--data', photos, '--eps', 'auto', *ARCH, '--bs', 4, '--epochs', 1, '--seeds', 1, '--out', tmp_path/'o') == 0
     out = capsys.readouterr().out
-    eps = float(re.search(r'eps auto: (\S+) ', out)[1])
+    eps = float(re.search(r'eps auto: ([\d.]+)', out)[1]) # the default, where the pilot has not learnt
     assert not {'\r', '█'} & set(out) and 'Epoch' not in out # nor does the pilot draw progress bars
     assert pd.read_csv(tmp_path/'o'/'results.csv').eps.tolist() == list(dict.fromkeys([0., eps]))
 
@@ -503,10 +503,14 @@ def test_results_are_on_disk_after_each_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('where', ['one_run', 'load_images'])
 def test_ctrl_c_with_nothing_finished(tmp_path, monkeypatch, capsys, where):
+    "No folder stays but one that was there before"
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(cmp, where, interrupt)
-    assert run_main(*ARCH, '--out', tmp_path/'o') == 130
-    assert 'interrupted' in capsys.readouterr().err and not (tmp_path/'o'/'results.csv').exists()
+    (tmp_path/'mine'/'too').mkdir(parents=True)
+    for out in 'new', 'new/deeper', 'mine/new', 'mine/too':
+        assert run_main(*ARCH, '--out', tmp_path/out) == 130
+        assert 'interrupted' in capsys.readouterr().err
+    assert sorted(tmp_path.rglob('*')) == [tmp_path/'mine', tmp_path/'mine'/'too']
 
 def test_options_arrive(tmp_path, monkeypatch):
     seen = []
@@ -545,7 +549,7 @@ def test_a_full_disk_is_one_line_below_the_tables(tmp_path, monkeypatch, capsys,
     err = refused(capsys, *ARCH, '--out', tmp_path, out := [])
     assert '--out' in err and 'No space left' in err and str(tmp_path) in err
     assert table(tidy([fake_run(None, eps, seed) for seed in range(3) for eps in (0., .1)])).to_string(index=False) in out[0]
-    assert 'nll after T' in out[0] and not list(tmp_path.glob('*.part'))
+    assert 'nll after T' in out[0] and [o.name for o in tmp_path.iterdir()] == ['results.csv']*(what == 'png') # no empty file
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a device that is always full')
 def test_a_disk_that_is_full_already(tmp_path, monkeypatch, capsys, no_training):
@@ -626,7 +630,7 @@ def test_a_reader_that_has_enough(photos, tmp_path):
 def test_output_to_a_full_disk(photos, tmp_path):
     with open('/dev/full', 'w') as full: p = command(tmp_path/'o', '--data', photos, *TINY_ARGS, stdout=full)
     err = p.communicate()[1]
-    assert p.returncode == 2 and err.count('\n') == 1 and 'No space left' in err, err
+    assert p.returncode == 2 and err == "fastai_smooth: can't write to standard output (No space left on device)\n"
 
 @pytest.mark.skipif(os.name == 'nt', reason='sends SIGINT')
 @pytest.mark.parametrize('args', [[], ['bench']], ids=str)
@@ -711,10 +715,6 @@ def folder_empty_train(p):
 def folder_unseen_class(p):
     for o in ('train/a', 'train/b', 'valid/a', 'valid/c'): save(p/o, '1.png')
     return 'valid c train'
-def folder_fewer_than_a_batch(p):
-    for o in 'ab': save(p/o, '1.png'); save(p/o, '2.png')
-    return '--bs 64 2'
-
 bad_folders = [v for k,v in list(globals().items()) if k.startswith('folder_')]
 
 @pytest.mark.parametrize('make', bad_folders, ids=lambda f: f.__name__)
@@ -733,6 +733,36 @@ def test_out_that_cannot_be_written(out, tmp_path, capsys, no_training):
 def test_out_without_permission(tmp_path, capsys, no_training):
     tmp_path.chmod(0o500)
     assert str(tmp_path) in refused(capsys, *ARCH, '--out', tmp_path)
+
+def test_a_batch_size_that_was_not_asked_for_fits(photos, tmp_path, monkeypatch, capsys):
+    "Ten images in each class: 16 to train on, 12 for a pilot; what was asked for is not changed"
+    seen = []
+    def one_run(data, eps, seed, **kwargs):
+        seen.append(kwargs['bs'])
+        return fake_run(data, eps, seed)
+    monkeypatch.setattr(cmp, 'one_run', one_run)
+    monkeypatch.setattr(cmp, '_with_auto', lambda epss, data, options: [choose_eps(data, **options).eps])
+    args = ['--data', photos, *ARCH, '--seeds', 1, '--epochs', 1, '--out', tmp_path/'o']
+    for eps,bs in (0, 16), ('auto', 12):
+        assert run_main(*args, '--eps', eps) == 0
+        assert f'Batches of {bs} images: there are no more to train on\n' in capsys.readouterr().out
+    assert run_main('--eps', 0, '--seeds', 1, *ARCH, '--out', tmp_path/'digits') == 0
+    assert 'Batches' not in capsys.readouterr().out
+    assert seen == [16, 12, 64]
+    assert '--bs 64: there are 16 training images only; give --bs 16 or less' in refused(capsys, *args, '--bs', 64)
+
+def test_auto_with_nothing_left_for_a_pilot(tmp_path, capsys, no_training):
+    for o in 'ab': save(tmp_path/'photos'/o, '1.png'); save(tmp_path/'photos'/o, '2.png')
+    err = refused(capsys, '--data', tmp_path/'photos', *ARCH, '--eps', 'auto', '--out', tmp_path/'o')
+    assert '0 are left; give eps as a number' in err
+
+def test_out_among_the_images_by_default(photos, tmp_path, monkeypatch, capsys):
+    "What is given instead works"
+    monkeypatch.chdir(photos)
+    out = str(Path('..', 'fastai_smooth_out'))
+    assert refused(capsys, '--data', '.').endswith(f'such as --out {out}\n')
+    monkeypatch.setattr(cmp, 'one_run', fake_run)
+    assert run_main('--data', '.', *TINY_ARGS, '--out', out) == 0 and (tmp_path/'fastai_smooth_out'/'results.csv').exists()
 
 def test_out_among_the_images(photos, capsys, no_training):
     "The second time, the plot of the first would be an image of a class named as --out is"

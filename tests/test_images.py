@@ -67,6 +67,32 @@ def test_16_bits_train_as_they_were_checked(tmp_path):
     assert trained_on(tmp_path/'photos', tmp_path/'photos'/'dark'/'0.png') == [23]*3
     assert trained_on(tmp_path/'photos', tmp_path/'photos'/'light'/'1.png') == [156]*3
 
+@pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
+def test_12_bits_in_16_are_told(tmp_path, capsys, suffix):
+    "Values of 300 to 2300 become 1 to 9 of 255: one line, with the first such file; bright ones, and dark ones of 8 bits, are no news"
+    def save_16(name, i, low, high):
+        (tmp_path/name).mkdir(exist_ok=True)
+        Image.fromarray(np.linspace(low, high, 24).reshape(4, 6).astype(np.uint16)).save(tmp_path/name/f'{i}.{suffix}')
+    for i in range(3): save_16('a', i, 0, 40000)
+    folders(tmp_path, 'black')
+    image_folder(tmp_path)
+    assert 'black:' not in capsys.readouterr().out
+    for i in range(1, 3): save_16('b', i, 300, 2300)
+    image_folder(tmp_path)
+    lines = [o for o in capsys.readouterr().out.splitlines() if 'black:' in o]
+    assert len(lines) == 1 and '2 of 7 images' in lines[0] and f"{tmp_path/'b'/f'1.{suffix}'} the first" in lines[0] and '16 bits first' in lines[0]
+    assert open_image(tmp_path/'b'/f'1.{suffix}').getextrema() == ((1, 9),)*3
+
+def test_12_bits_in_16_are_told_of_colours_too(tmp_path, capsys):
+    import struct, zlib
+    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    folders(tmp_path, 'a', 'b')
+    rows = (b'\0' + np.full((6, 3), 2300, '>u2').tobytes())*4
+    (tmp_path/'a'/'x.png').write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', 6, 4, 16, 2, 0, 0, 0))
+                                       + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    image_folder(tmp_path)
+    assert f"1 of 5 images use less than an eighth of their 16 bits, {tmp_path/'a'/'x.png'} the first" in capsys.readouterr().out
+
 def test_big_endian_and_12_bits(tmp_path):
     "A PGM says which value is white"
     (tmp_path/'a.pgm').write_bytes(b'P5 2 2 4095\n' + np.full((2, 2), 4095, '>u2').tobytes())
@@ -165,7 +191,13 @@ def test_an_image_beside_the_classes_of_a_part_is_named(tmp_path):
 def test_subfolders_of_the_same_names_are_no_classes(tmp_path, names, words): refused(folders(tmp_path, *names), words, 'same names')
 
 @pytest.mark.parametrize('names', [('images', 'masks'), ('Images', 'Annotations'), ('JPEGImages', 'SegmentationClass'), ('img', 'labels')])
-def test_images_and_masks_are_no_classes(tmp_path, names): refused(folders(tmp_path, *names), *names, 'masks')
+def test_images_and_masks_are_no_classes(tmp_path, names):
+    "Nor are they in parts, nor where what belongs to the images is no image"
+    refused(folders(tmp_path/'a', *names), ', '.join(names), 'masks, not classes')
+    refused(folders(tmp_path/'b', *(f'{part}/{o}' for part in ('train', 'val') for o in names)), ', '.join(names), 'masks, not classes')
+    folders(tmp_path/'c', *(f'{part}/{names[0]}' for part in ('train', 'val')))
+    for part in 'train', 'val': (tmp_path/'c'/part/names[1]).mkdir()
+    refused(tmp_path/'c', ', '.join(names), 'masks, not classes')
 
 @pytest.mark.parametrize('names,classes', [
     (('bus', 'car', 'train'), ['bus', 'car', 'train']), (('blood test', 'x-ray'), ['blood test', 'x-ray']), (('cat/siamese', 'dog/poodle', 'dog'), ['cat', 'dog']), (('images', 'drawings'), ['drawings', 'images'])])
@@ -183,6 +215,17 @@ def test_classes_without_images_are_named(tmp_path, capsys):
     assert image_folder(tmp_path/'b').vocab == ['cat', 'dog'] and f"No images in {Path('valid', 'dog')}\n" in capsys.readouterr().out
     (tmp_path/'c'/'bird').mkdir(parents=True)
     refused(folders(tmp_path/'c', 'cat'), 'one class only (cat)', 'No images in bird')
+
+def test_a_folder_around_the_classes_is_told(tmp_path):
+    "As unzipping makes it; one of parts, too; nothing is told of a folder that has images and no classes"
+    for i,names in enumerate([('photos/cat', 'photos/dog'), ('photos/train/cat', 'photos/train/dog', 'photos/valid/cat', 'photos/valid/dog')]):
+        folders(tmp_path/f'{i}', *names)
+        refused(tmp_path/f'{i}', f"(photos); two are needed. photos holds {('cat, dog', 'train, valid')[i]}: give {tmp_path/f'{i}'/'photos'}")
+        assert image_folder(tmp_path/f'{i}'/'photos').vocab == ['cat', 'dog']
+    folders(tmp_path/'deep', 'photos/photos/cat', 'photos/photos/dog')
+    refused(tmp_path/'deep', f"photos holds cat, dog: give {tmp_path/'deep'/'photos'/'photos'}")
+    for names in ('photos',), ('cat', 'cat/siamese'):
+        with pytest.raises(BadInput, match='two are needed$'): image_folder(folders(tmp_path/names[0], *names))
 
 def test_hidden_folders_are_no_classes(tmp_path): assert image_folder(folders(tmp_path, 'cat', 'dog', '.thumbs', 'dog/.cache')).vocab == ['cat', 'dog']
 
