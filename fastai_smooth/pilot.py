@@ -13,7 +13,6 @@ import io
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from urllib.parse import quote
-from weakref import WeakSet
 from .calibration import prediction_rows
 from .callback import _unmixed
 from .kernels.checks import check_whole, warn
@@ -51,34 +50,51 @@ def _copied_parts(learn, memo):
     if isinstance(learn.model, nn.Module): memo.update({id(old):new for old,new in zip(learn.model.modules(), res[0].modules())})
     return res
 
-_told = WeakSet() # callbacks that a warning has named
-
 def _warn_left_out(cbs):
-    names = ', '.join(cb.name for cb in cbs if cb not in _told)
-    _told.update(cbs)
-    if names: warn(f'trial trainings and predictions are made without the callbacks {names}: deepcopy refuses them, and shared ones would keep what they see there', 5)
+    names = ', '.join(cb.name for cb in cbs)
+    if names: warn(f'trial trainings are made without the callbacks {names}: deepcopy refuses them, and shared ones would keep what they see there', 5)
 
-def _own_cbs(learn, memo):
-    "Copies of the callbacks that may change what is trained."
+def _part_copied(cb, memo):
+    "A copy of a callback that deepcopy refuses, to predict with: it shares what cannot be copied, such as a lock, but no list, dict or set."
+    def own(v):
+        try: return _deepcopied(v, memo)
+        except Exception: return copy(v) if isinstance(v, (list,dict,set)) else v
+    res = copy(cb)
+    vars(res).update({k:own(v) for k,v in vars(cb).items()})
+    return res
+
+def _own_cbs(learn, memo, train):
+    "Copies of the callbacks that may change what is trained or predicted."
     res,left_out = [],[]
     for cb in learn.cbs:
         if isinstance(cb, Recorder): res.append(Recorder()) # an empty one: others ask for it
         elif not _records(cb):
             try: res.append(_deepcopied(cb, memo))
-            except Exception: left_out.append(cb)
+            except Exception: left_out.append(cb) if train else res.append(_part_copied(cb, memo))
     _warn_left_out(left_out)
     return res
 
-def _own_dl(dl, memo):
-    "Another loader of the same data set, which shares no random state, sampler or workers with `dl`"
+def _own_dl(dl, memo, train=True):
+    "Another loader of the same data set, which shares no random state, sampler or workers with `dl`; to predict with, it shares what deepcopy refuses"
     if type(dl) in (DataLoader,TfmdDL) or 'new' in vars(type(dl)): return dl.new() # other loaders of fastai's lose there what they are
     res = copy(dl)
     memo = {**memo, id(dl):res, id(dl.dataset):dl.dataset}
-    running = {k:None for k in ('it','_iterator') if k in vars(dl)} # of an epoch that was not finished, or of persistent workers
-    try: vars(res).update({k:deepcopy(v, memo) for k,v in vars(dl).items() if k not in running} | running)
-    except Exception as e: raise TypeError(f'a pilot needs data loaders of its own, and this {type(dl).__name__} cannot be copied '
-                                           f'({type(e).__name__}: {e}): is there something in its sampler that deepcopy refuses?') from e
+    for k,v in vars(dl).items():
+        try: vars(res)[k] = None if k in ('it','_iterator') else _deepcopied(v, memo) # they are of an epoch that was not finished, or of persistent workers
+        except Exception as e:
+            if train: raise TypeError(f'a training of a pilot needs data loaders of its own, and {k} of this {type(dl).__name__} cannot be copied '
+                                      f'({type(e).__name__}: {e})') from e
     return res
+
+@contextmanager
+def _same_generators_after(dl):
+    "The random states of torch generators, of a data loader and of its samplers, are put back."
+    batches = getattr(dl, 'batch_sampler', None)
+    owners = dl,getattr(dl, 'sampler', None),batches,getattr(batches, 'sampler', None)
+    states = [(g,g.get_state()) for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]
+    try: yield
+    finally:
+        for g,state in states: g.set_state(state)
 
 # %% ../nbs/06_pilot.ipynb #filesown
 def _is_name(file): return isinstance(file, (str,Path))
@@ -112,7 +128,7 @@ def _copied(learn, train, folder):
     else: memo |= {id(o):o for o in (learn.model,learn.opt,learn.loss_func)}
     for cb in learn.cbs: res.__dict__.pop(cb.name, None)
     res.cbs,res._metrics,res.logger = L(),L(),noop
-    for cb in _own_cbs(learn, memo): res.add_cb(cb)
+    for cb in _own_cbs(learn, memo, train): res.add_cb(cb)
     _keep_files_apart(res, folder)
     return res
 
@@ -124,7 +140,7 @@ def pilot(
     train:bool=True, # A model and data loaders of its own? Else only to predict with
 ) -> Iterator[Learner]: # For `with`: the copy
     """A Learner like `learn` to train or predict with: same weights, optimizer state, data and callbacks, but for those that log, save
-    or stop early, and for those that `deepcopy` refuses, which it names in a warning. It has no metrics and prints no table. What it
+    or stop early, and, to train, for those that `deepcopy` refuses, which it names in a warning. It has no metrics and prints no table. What it
     saves it can load inside, and no longer; it exports nothing.
 
     Afterwards `learn` is as before, also after an exception or Ctrl-C: weights, optimizer, loss, callbacks, recorder, data loaders, files;
@@ -184,9 +200,9 @@ def raw_preds(
     out of range; a TypeError where they are no tensors; and a RuntimeError inside `distrib_ctx`."""
     if dl is None: dl = learn.dls[check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)]
     check_whole('max_numel', max_numel), check_whole('seed', seed)
-    with pilot(learn, train=False) as quiet:
+    with _same_generators_after(dl), pilot(learn, train=False) as quiet:
         quiet.loss_func = _unmixed(quiet.loss_func)
-        dl = dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') else _own_dl(dl, {})
+        dl = dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') else _own_dl(dl, {}, train=False)
         items = None
         if hasattr(dl, 'get_idxs'): # texts, say, are sorted by length: keep their order to undo it
             items = list(dl.get_idxs())

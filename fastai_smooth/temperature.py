@@ -12,8 +12,9 @@ from fastai.callback.schedule import LRFinder
 from scipy.optimize import brentq
 from scipy.stats import f as f_distribution
 from typing import NamedTuple
-from .callback import _set_loss, _unmixed
+from .callback import _name, _set_loss, _unmixed
 from .kernels.checks import check_dense, check_whole, warn
+from .learner import _regression_functions, _regressions
 from .losses import tempered, untempered
 from .pilot import raw_preds
 
@@ -28,9 +29,11 @@ def row_nll(
     logits:Tensor, # (N,K), or (N,) for single events
     targs:Tensor, # (N,) class indices, or 0/1 shaped like `logits`
 ) -> Tensor: # (N,), in nats
-    "Negative log likelihood of each row, what `nll` is the mean of: that of the true class, or the mean over the labels of the row."
+    """Negative log likelihood of each row, what `nll` is the mean of: that of the true class, or the mean over the labels of the row. A label or class at -inf has
+    probability 0: that costs nothing where it is not the target, and inf where it is."""
     if targs.ndim < logits.ndim: return F.cross_entropy(logits, targs, reduction='none')
-    res = F.binary_cross_entropy_with_logits(logits, targs.double(), reduction='none')
+    x,y = logits.double(),targs.double()
+    res = torch.where(y == 0, 0, -y*F.logsigmoid(x)) - torch.where(y == 1, 0, (1-y)*F.logsigmoid(-x)) # no 0*inf
     return res.mean(1) if res.ndim == 2 else res
 
 def _nll(logits, targs): return row_nll(logits.double(), targs).mean().item()
@@ -75,6 +78,7 @@ def best_temperature(
     logits,targs = check_logits(logits, targs)
     def slope(log_beta): return _slope(logits, targs, math.exp(log_beta))
     if not (ends := _range(logits)) or not slope(ends[0]) < 0 < slope(ends[1]): return # all alike, nan, or no best one
+    if not math.isfinite(_nll(logits, targs)): return # a label that is masked, at -inf, though it is there
     res = math.exp(-brentq(slope, *ends, xtol=1e-10))
     return res if _nll(logits/res, targs) <= _nll(logits, targs) else 1.
 
@@ -84,7 +88,8 @@ def _loosened(logits, targs, beta, groups):
     against the curvature, which is their variance if all are independent. Liang & Zeger 1986; F for a finite number of groups."""
     if targs.ndim == logits.ndim:
         p = torch.sigmoid(beta*logits)
-        slopes,curvature = (p-targs)*logits,(p*(1-p)*logits**2).sum()
+        z = logits.masked_fill(logits == -math.inf, 0)
+        slopes,curvature = (p-targs)*z,(p*(1-p)*z**2).sum()
     else:
         p,z = F.softmax(beta*logits, 1),logits.masked_fill(logits == -math.inf, 0)
         mean = (p*z).sum(1, keepdim=True)
@@ -141,6 +146,9 @@ def cross_fitted(
 
 # %% ../nbs/07_temperature.ipynb #8ca73774
 def _check_has_activation(loss):
+    func = getattr(loss, 'func', loss)
+    if isinstance(func, _regressions) or func in _regression_functions:
+        raise TypeError(f'{_name(func)} is for regression, where targets are numbers: there are no labels, whose probabilities a temperature could change')
     if not hasattr(loss, 'activation'): raise TypeError(f'{getattr(loss, "__name__", type(loss).__name__)} has no activation to keep a temperature in: use a '
                                                         'fastai loss, such as CrossEntropyLossFlat or BCEWithLogitsLossFlat')
 
@@ -250,7 +258,7 @@ def fit_temperature(self:Learner,
     On the data it is fitted to, NLL is never worse than before. Where there is no best T, such as where every row is right, warns and leaves T=1; warns of
     training data, and of a model that knows nothing. Labels that are wrong ask for too much modesty: fit T to clean ones where there are any.
 
-    Raises a TypeError for a loss without an activation, or with one that is neither softmax nor sigmoid, a ValueError for data without
+    Raises a TypeError for a regression, for a loss without an activation, or with one that is neither softmax nor sigmoid, a ValueError for data without
     targets, and a RuntimeError inside `distrib_ctx`; the Learner is then unchanged. Guo et al. 2017 (arXiv:1706.04599)."""
     loss = untempered(_unmixed(self.loss_func))
     _check_has_activation(loss)

@@ -197,13 +197,18 @@ def _chance(targs, k):
     return 1 - targs.bincount(minlength=k).max().item()/len(targs)
 
 def _why_not_learnt(found, default, errors, targs, k):
-    "Why the error of a pilot tells nothing about labels yet, in words; None where it does. One that still falls is too large, which matters above the `default`."
+    """Why the error of a pilot tells nothing about labels, in words; None where it does. One that still falls, or that rows known by heart don't have, is too large,
+    which matters above the `default`."""
     error,chance,multi,n = found.valid_error,_chance(targs, k),targs.ndim == 2,targs.numel()
     if found.valid_error_interval[1] >= chance or not multi and error > .75*chance:
-        return f'its validation error {error:.2f} is near {chance:.2f}, that of always naming ' + ('the more frequent value of each label' if multi else 'the most frequent class')
-    fall = first(o for o in errors.falls(error, n) if found.eps > default and o.steep(chance))
-    if fall: return (f'in the last third of its training its {fall.name} error still fell from {fall.before:.2f} to {fall.after:.2f}, '
-                     f'by more than a seventh of all that it fell from chance, {chance:.2f}')
+        return (f'its validation error {error:.2f} is {"no better than" if error >= chance else "near"} {chance:.2f}, that of always naming '
+                + ('the more frequent value of each label' if multi else 'the most frequent class'))
+    if found.eps <= default: return
+    training = _share(errors.thirds()[2])
+    if training < error/2: return f'it knows its training rows by heart: their error {training:.2f} is less than half of the validation error {error:.2f}'
+    if fall := first(o for o in errors.falls(error, n) if o.steep(chance)):
+        return (f'in the last third of its training its {fall.name} error still fell from {fall.before:.2f} to {fall.after:.2f}, '
+                f'by more than a seventh of all that it fell from chance, {chance:.2f}')
 
 # %% ../nbs/09_tune.ipynb #closedfo
 def _closed_form(logits, targs, cap, errors):
@@ -214,15 +219,18 @@ def _closed_form(logits, targs, cap, errors):
     eps,low,high = (min(cap, factor*o) for o in (error, *interval))
     verdict = 'closed form: ' + ('share of wrong labels' if multi else 'validation error * K/(K-1)') + (f', cut to {cap:g}' if eps == cap else '')
     found = EpsSuggestion(eps, (low,high), math.nan, (math.nan,math.nan), error, interval, verdict)
-    if why := _why_not_learnt(found, default, errors, targs, k):
-        return found._replace(eps=min(default, cap), eps_interval=(math.nan,math.nan), verdict=f'the default, as the pilot has not learnt: {why}')
-    noise = noise_estimate(logits, targs)
-    return found._replace(noise=noise.noise, noise_interval=noise[1:])
+    why = _why_not_learnt(found, default, errors, targs, k)
+    if not why:
+        noise = noise_estimate(logits, targs)
+        allowed = noise.high/2 if multi else noise.high # the error of a perfect model would suggest as much
+        if eps <= default or allowed >= factor*error/2: return found._replace(noise=noise.noise, noise_interval=noise[1:])
+        why = f'its validation error {error:.2f} is its own and not that of the labels, of which hardly more than {noise.high:.2f} are random'
+    return found._replace(eps=min(default, cap), eps_interval=(math.nan,math.nan), verdict=f'the default, as the pilot has not learnt: {why}')
 
 # %% ../nbs/09_tune.ipynb #95fad260
 def _warn_of(found):
     longer = 'Try a longer pilot (n_epoch, share)'
-    if not found.learnt: warnings.warn(f'eps={found.eps:g} is {found.verdict}. {longer}')
+    if not found.learnt: warnings.warn(f'eps={found.eps:g} is {found.verdict}. ' + ('Try a shorter one, or more data' if 'by heart' in found.verdict else longer))
     elif ', cut to' in found.verdict:
         warnings.warn(f'the validation error of the pilot is {found.valid_error:.2f}, so the suggestion is cut to {found.eps:g}: such errors say more about the model '
                       f'than about labels. {longer}, or full=True, which compares')
@@ -315,8 +323,9 @@ def eps_find(self:Learner,
 ) -> EpsSuggestion: # First of all `eps`; of multi-label, the eps of 1-eps and eps
     """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its
     validation error; with `full`, trains a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after
-    temperature, is within one standard error of the best, or as before where all are. A pilot that has not learnt says nothing about
-    labels: then it suggests the default of `to_smooth`, warns why, and gives nan for the noise.
+    temperature, is within one standard error of the best, or as before where all are. A pilot that has not learnt, that knows its training
+    rows by heart (their error is less than half of the validation error), or whose error suggests more than twice what the noise can
+    explain says nothing about labels: then it suggests the default of `to_smooth`, warns why, and gives nan for the noise.
 
     Its intervals take predictions to be independent, which pixels of an image or words of a text are not. The Learner is left as it is,
     also after an exception or Ctrl-C. It takes the memory of one more model and optimizer.

@@ -143,6 +143,22 @@ def test_masked_classes_are_left_out():
     near(best_temperature(wide.flip(1), 4-y), best_temperature(z, y), 1e-9)
 
 
+def test_masked_labels_are_left_out():
+    "at -inf, a label that is not there costs nothing; one that is costs inf at any temperature: there is no best one"
+    z, y = drawn(300, 3, 2.5, kind='labels')
+    masked, absent = torch.cat([z, z[:, :1]], 1), torch.cat([y, torch.zeros(300, 1)], 1)
+    masked[:, 3] = -math.inf
+    near(row_nll(masked, absent), row_nll(z, y)*3/4, 1e-9)
+    near(best_temperature(masked, absent), best_temperature(z, y), 1e-6)
+    near(temperature_interval(masked, absent), temperature_interval(z, y), 1e-3)
+    masked[5:, 3] = -1.
+    assert 0 < temperature_interval(masked, absent)[0] < temperature_interval(masked, absent)[1] < 100
+    there = absent.clone()
+    there[0, 3] = 1
+    assert row_nll(masked, there)[0] == math.inf and best_temperature(masked, there) is None and temperature_interval(masked, there) is None
+    assert row_nll(z, torch.full_like(y, math.nan)).isnan().all()
+
+
 @pytest.mark.parametrize('c', [1e-2, 1., 400.])
 def test_logits_of_any_size(c):
     z, y = drawn(400, 3, t0=2.)
@@ -927,7 +943,8 @@ def test_regression_is_a_type_error():
     learn = tensor_learner(tensor_dls(x, x[:, :1]), mlp(k=1), MSELossFlat())
     learn.fit(1)
     before = snapshot(learn)
-    with pytest.raises(TypeError, match='activation'): learn.fit_temperature()
+    for call in (Learner.fit_temperature, CalibrationInterpretation.from_learner):
+        with pytest.raises(TypeError, match='MSELoss is for regression, where targets are numbers: there are no labels'): call(learn)
     check_untouched(learn, before)
 
 

@@ -284,11 +284,35 @@ def test_a_loader_that_cannot_be_copied_is_a_type_error():
     learn = first_loader(LOADERS['numpy_sampler'])()
     learn.dls.train.sampler.lock = threading.Lock()
     before = state(learn)
-    with pytest.raises(TypeError, match='lock.*sampler'):
+    with pytest.raises(TypeError, match='and sampler of this DataLoader cannot be copied.*lock'):
         with pilot(learn): pass
     with pytest.raises(TypeError, match='sampler'): learn.eps_find(3)
     same_state(state(learn), before)
     assert learn.fit_temperature() is learn # the other loader has no part in it
+
+
+def test_what_cannot_be_copied_of_a_loader_is_named():
+    learn = first_loader(lambda o: torch_loader(o, shuffle=True, collate_fn=Collate()))()
+    with pytest.raises(TypeError, match='and collate_fn of this DataLoader cannot be copied.*lock'), pilot(learn): pass
+
+
+class Collate:
+    def __init__(self): self.lock = threading.Lock()
+    def __call__(self, items): return torch.utils.data.default_collate(items)
+
+
+def test_predictions_need_no_loader_of_their_own():
+    "a sampler with a lock and a generator: it is shared, and its generator put back"
+    g, learn = torch.Generator().manual_seed(3), fitted()
+    data = learn.dls.valid.dataset
+    sampler = torch.utils.data.RandomSampler(data, generator=g)
+    sampler.lock = threading.Lock()
+    before = g.get_state()
+    t = best_temperature(*raw_preds(learn)[:2])
+    near(best_temperature(*raw_preds(learn, dl=torch_loader(data, sampler=sampler))[:2]), t, 1e-5)
+    assert torch.equal(g.get_state(), before)
+    learn.fit_temperature(dl=torch_loader(data, sampler=sampler))
+    assert torch.equal(g.get_state(), before)
 
 
 @pytest.mark.parametrize('ex', [RuntimeError, KeyboardInterrupt])
@@ -367,19 +391,42 @@ class Locked(Notes):
         self.lock = threading.Lock()
 
 
-def test_a_callback_that_cannot_be_copied_is_left_out_and_named_once():
-    "it would share its list with the pilot"
+def test_a_callback_that_cannot_be_copied_is_left_out_of_trainings_and_named():
+    "each time: it would share its list with the pilot"
     learn = fitted(cbs=[Locked(), GradientAccumulation(16), OnCPU(amp_mode='bf16')])
     losses = list(learn.locked.losses)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always')
-        with pilot(learn) as trial:
-            assert not hasattr(trial, 'locked') and hasattr(trial, 'gradient_accumulation') and trial.on_cpu is not learn.on_cpu
-            trial.fit(1)
-        learn.eps_find(10, full=True, epss=[.1], show_plot=False)
-        learn.fit_temperature()
-    assert len([o for o in said if 'without the callbacks locked:' in str(o.message)]) == 1
+    for call in (lambda: in_pilot(learn), lambda: find(learn, 10)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            call()
+        assert len([o for o in said if 'without the callbacks locked:' in str(o.message)]) == 1
+    with pilot(learn) as trial:
+        assert not hasattr(trial, 'locked') and hasattr(trial, 'gradient_accumulation') and trial.on_cpu is not learn.on_cpu
+        trial.fit(1)
     assert len(losses) == 32 and learn.locked.losses == losses and learn.locked.learn is learn
+
+
+class Scales(Locked):
+    "of which predictions depend"
+    def __init__(self): super().__init__(); self.seen, self.n = {'batches': []}, 0
+    def before_batch(self): self.learn.xb = tuple(3*o for o in self.xb)
+    def after_pred(self): self.learn.pred = self.pred/2; self.seen['batches'].append(self.iter)
+    def before_validate(self): self.n += 1
+
+
+def test_a_callback_that_cannot_be_copied_has_its_part_in_predictions():
+    "without a word, and without a trace in it"
+    learn = fitted(cbs=Scales())
+    logits = learn.get_preds(act=noop)[0]
+    seen, losses, n = deepcopy(learn.scales.seen), list(learn.scales.losses), learn.scales.n
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        preds = raw_preds(learn)
+    near(preds.logits, logits)
+    assert learn.scales.learn is learn and (learn.scales.seen, learn.scales.losses, learn.scales.n) == (seen, losses, n)
+    t = learn.fit_temperature().temperature
+    lo, hi = learn.temperature_interval
+    near(t, 1. if lo <= 1 <= hi else best_temperature(logits, preds.targs), 1e-4)
 
 
 class Exports(Callback):
@@ -821,6 +868,42 @@ def why(error, errors, k=10):
     return tune._why_not_learnt(found, .1, errors, torch.arange(1000) % k, k)
 
 
+def why_of(error, targs, k): return tune._why_not_learnt(FIRST._replace(valid_error=error, valid_error_interval=(error, error)), .1, errors_of([], []), targs, k)
+
+
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('multi', [False, True])
+def test_an_error_that_no_noise_explains_is_that_of_the_pilot(multi, full):
+    "clean labels that a weak model is rightly unsure of: no noise, and an error of a third"
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2000, 3 if multi else 10, generator=g)*(2. if multi else 3.)
+    p = torch.sigmoid(logits) if multi else logits.softmax(1)
+    targs = torch.bernoulli(p, generator=g) if multi else torch.multinomial(p, 1, generator=g)[:, 0]
+    found = tune._closed_form(logits, targs, .4, errors_of([.5, .31, .3], [(3, .3)]))
+    assert is_default(found, .05 if multi else .1) and 'is its own and not that of the labels' in found.verdict and .2 < found.valid_error < .35
+    if full:
+        with pytest.warns(UserWarning, match='its own.*longer'): assert is_default(tune._of_grid(found, frame([.1, .01, 0., .05], [.02, .02, 0., .02])), found.eps)
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_rows_that_are_known_by_heart_tell_nothing_about_labels(full):
+    "50 images, 30 times"
+    learn = digits(n=1050, n_valid=1000)
+    learn.dls.train.bs = 16
+    with pytest.warns(UserWarning, match='by heart.*shorter'): found = find(learn, 30, share=1., full=full, epss=[.1] if full else None)
+    assert is_default(found, .1)
+
+
+@pytest.mark.parametrize('noise', [0., .2, .4])
+def test_a_good_pilot_keeps_the_closed_form(noise):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'the validation error of the pilot is')
+        warnings.filterwarnings('error', 'eps=')
+        found = find(digits(noise, n=1700, n_valid=700), 10, share=1.)
+    near(found.eps, min(.4, found.valid_error*10/9))
+    near(found.noise, noise, .06)
+
+
 def test_when_a_pilot_has_not_learnt():
     flat = errors_of([.5, .31, .3], [(1, .4), (2, .31), (3, .3)])
     assert why(.3, flat) is None
@@ -828,7 +911,10 @@ def test_when_a_pilot_has_not_learnt():
     assert 'near 0.50' in why(.48, flat, k=2)                                             # its interval reaches .5
     assert 'training error still fell from 0.45 to 0.30' in why(.3, errors_of([.6, .45, .3], [(3, .3)]))
     assert 'validation error still fell from 0.40 to 0.30' in why(.3, errors_of([.5, .31, .3], [(1, .6), (2, .4), (3, .3)]))
-    assert why(.3, errors_of([.4, .25, .1], [(2, .31), (3, .3)])) is None                 # rows that it knows by heart
+    assert 'by heart: their error 0.10 is less' in why(.3, errors_of([.4, .25, .1], [(2, .31), (3, .3)]))
+    assert why(.3, errors_of([.4, .25, .16], [(2, .31), (3, .3)])) is None                # half of it, and no longer falling
+    assert why(.09, errors_of([.4, .25, .01], [(2, .1), (3, .09)])) is None               # below the default
+    assert 'its validation error 0.39 is no better than 0.20' in why_of(.39, torch.tensor([0]*800 + [1]*200), k=2)
     assert why(.3, errors_of([.6, .45, .3], [(2, .3), (3, .3)])) is None                  # validation has come to rest
     assert why(.09, errors_of([.6, .3, .1], [(3, .1)])) is None                           # what is too large is less than the default
     assert why(.3, errors_of([], [])) is None                                             # trained before
