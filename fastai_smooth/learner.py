@@ -161,7 +161,7 @@ class LabelSmoothingFlag(Callback):
     `Learner.to_smooth` raises."""
     order = -math.inf # before the training is looked at by others
     def __init__(self,
-        label_smoothing:float|bool # What the Learner was made with
+        label_smoothing:float|bool # What the Learner was made with: True, or an eps in [0,1]
     ): self.label_smoothing = label_smoothing
 
     def before_fit(self):
