@@ -350,41 +350,45 @@ def _either_outcome(m, probs, targs, task):
     else: outcomes = torch.zeros_like(targs),torch.ones_like(targs)
     return torch.stack([m.rows(probs, o, task)[1].mean(0) for o in outcomes])[:,:,None]
 
-def _half_rows(m, cell, channels, either, group, n_groups):
-    """A row of either outcome for each cell (2,M,cells,C), and how many of each are added (M,cells): half a row. Cells narrower than 1/15 share it.
-    Where rows depend on each other, a row is as many as count as one."""
+def _added_rows(m, cell, channels, either, group, n_groups):
+    """A row of either outcome for each cell (2,M,cells,C), and how many of it are added (2,M,cells): of a mean 1, as in the interval of
+    Clopper and Pearson (1934); of a bin 1/2, as in Jeffreys', but 1 of an outcome that was not seen there (Brown, Cai, DasGupta 2001).
+    Cells narrower than 1/15 share it. Where rows depend on each other, a row is as many as count as one."""
     sums,regions = _sums(cell, channels, m.n_cells)[0],min(15, m.n_cells)
     region,part_of = cell*regions // m.n_cells,(torch.arange(m.n_cells)*regions // m.n_cells).expand(cell.shape[1], -1)
     n,total = _sums(region, channels[...,:2], regions)[0].unbind(-1)
     if m.calibration:
         p = (sums[...,1]-sums[...,2]) / sums[...,0].clamp(min=1)
         either = torch.stack([torch.stack([torch.ones_like(p), torch.full_like(p, y), y-p], -1) for y in (0,1)])
-        mean = (total+.5) / (n+1)
-    else: mean = (total + .5*either[...,1].sum(0)) / (n+1)
+        mean,often = (total+.5) / (n+1),1 - .5*torch.stack([total < n, total > 0])
+    else: mean,often = (total + .5*either[...,1].sum(0)) / (n+1),torch.ones(2, *n.shape)
     as_one = _design_effect(region, channels[...,1] - mean.gather(1, region.T).T, regions, group, n_groups)
-    return either*as_one.gather(1, part_of)[...,None],.5*sums[...,0]/n.clamp(min=1).gather(1, part_of)
+    share = sums[...,0] / n.clamp(min=1).gather(1, part_of) # of a cell in what its region is given
+    return either*as_one.gather(1, part_of)[...,None],share*often.gather(2, part_of.expand(2, -1, -1))
 
 def _resampled(groups, either, often, weights, rng):
-    "Sums over rows and half rows (M,cells,C), and those of bootstrap samples (n_boot,M,cells,C), in which each group and half row has a random weight."
+    """Sums over rows and added rows (M,cells,C); over bootstrap samples of the rows alone (n_boot,M,cells,C), in which each group has a
+    random weight; and of the added rows of either outcome in each sample, one outcome after the other."""
     drawn = (weights @ groups.reshape(len(groups), -1)).view(len(weights), *groups.shape[1:])
-    for o in either: drawn += torch.from_numpy(rng.standard_gamma(often.numpy(), (len(weights), *often.shape)))[...,None]*o
-    return groups.sum(0) + often[...,None]*either.sum(0),drawn
+    added = (torch.from_numpy(rng.standard_gamma(k.numpy(), (len(weights), *k.shape)))[...,None]*o for k,o in zip(often, either))
+    return groups.sum(0) + (often[...,None]*either).sum(0),drawn,added
 
 # %% ../nbs/05_calibration.ipynb #e2ebea50
 _SCALES = torch.linspace(0, 1, 17, dtype=torch.double)
 
-def _of_mean(m, seen, all_sums, drawn):
-    "Values of a mean, each a sum over labels: that of the rows, and those of bootstrap samples (n_boot,)."
-    return dict(seen=m.value(seen).sum(), drawn=m.value(drawn).sum(-1))
+def _of_mean(m, seen, all_sums, drawn, added):
+    "Values of a mean, each a sum over labels: of the rows, and of bootstrap samples with a row of one outcome, of the other (2,n_boot)."
+    return dict(seen=m.value(seen).sum(), drawn=torch.stack([m.value(drawn + o).sum(-1) for o in added]))
 
-def _of_error(m, seen, all_sums, drawn):
-    """Values of a calibration error, each a sum over labels: that of the rows; with half rows; in bootstrap samples, each gap with the sign that it
-    has (n_boot,); and in samples of models whose gaps are those here times `_SCALES` (scales,n_boot)."""
+def _of_error(m, seen, all_sums, drawn, added):
+    """Values of a calibration error, each a sum over labels. A gap is accuracy minus confidence, in a bin. `seen` is the error of the rows,
+    `value` that with the added rows; `drawn` (n_boot,) that of bootstrap samples, where a gap that changed its sign counts as negative;
+    `scaled` (scales,n_boot) what rows like these might show if the true gaps were `_SCALES` times those seen."""
     values = m.value(seen) # of each label: by its own value is a smooth error judged
     def field(o): return m.field(o[...,2]*(seen[...,0].sum(-1, keepdim=True)/o[...,0].sum(-1, keepdim=True)), seen, values)
     def size(o): return m.norm_of(o, seen).sum(-1)
     gaps = field(all_sums)
-    luck,large = field(drawn)-gaps,1e6*gaps # so large that luck changes no sign
+    luck,large = field(sum(added, drawn))-gaps,1e6*gaps # so large that luck changes no sign
     return dict(seen=values.sum(), value=size(gaps), drawn=size(gaps) + size(large+luck) - size(large),
                 scaled=torch.stack([size(s*gaps - luck) for s in _SCALES]))
 
@@ -395,20 +399,21 @@ def _interval(m, cell, channels, either, level, n_boot, groups, seed):
     (group,n),labels,size = _numbered(groups, len(cell)),cell.shape[1],m.n_cells*channels.shape[-1]
     if getattr(m, 'of', None) is _right_rows and labels == 1 and n == len(cell): return binomial_interval(channels[...,1].sum(), n, level)
     n_boot,few = min(n_boot, max(200, 2**26 // (labels*size))),min(n, 5000, max(200, 2**24 // (labels*size)))
-    weights,batch = torch.from_numpy(rng.exponential(size=(n_boot,few))),group if few == n else torch.from_numpy(rng.permutation(n) % few)[group]
+    weights = torch.from_numpy(rng.exponential(size=(n_boot,few)))
+    batch = group if few == n else torch.from_numpy(rng.permutation(n) % few)[group]
     some,res = max(1, 2**24 // (size*max(n_boot, n if n < len(cell) else few))),[] # labels at a time
     for i in range(0, labels, some):
         part = cell[:,i:i+some],channels[:,i:i+some]
         batches = _sums(*part, m.n_cells, batch, few)
-        extra = _half_rows(m, *part, either if m.calibration else either[:,i:i+some], group, n)
+        extra = _added_rows(m, *part, either if m.calibration else either[:,i:i+some], group, n)
         res.append((_of_error if m.calibration else _of_mean)(m, batches.sum(0), *_resampled(batches, *extra, weights, rng)))
     return _ends({k:sum(o[k] for o in res)/labels for k in res[0]}, level)
 
 def _ends(draws, level):
-    "The interval, up to where a share of the draws is, and from the smallest of the scaled errors that luck may raise to what was seen"
+    "Of a mean the outermost quantiles; of an error up to one, and from the smallest scaled error that luck may raise to what was seen"
     seen,q = draws['seen'].item(),(1+level)/2
     if not math.isfinite(seen): return seen,seen
-    low,high = (draws['drawn'].quantile(o).item() for o in (1-q, q))
+    low,high = draws['drawn'].quantile(1-q, -1).min().item(),draws['drawn'].quantile(q, -1).max().item() # with one outcome, with the other
     if 'scaled' in draws:
         high = min(1., max(high, -low)) # by as much to the other side, if the signs are all wrong
         tops = draws['scaled'].quantile(q, 1).cummax(0)[0]
@@ -429,12 +434,22 @@ def bootstrap_interval(
 ) -> tuple: # low, high; a list of them where `average` is None and there are several labels
     """An interval for what `measure` would give on all rows there might be, of which these are a sample.
 
-    A Bayesian bootstrap (Rubin 1981) in which each outcome was also seen half a time (Jeffreys 1946), in each bin: so it knows of what has not happened yet. Of NLL, Brier
-    and the accuracy of labels, its quantiles; of the accuracy of classes Wilson's interval. Of a calibration error, over the same bins: up to the quantile of the gaps, each with the
-    sign that was seen; from the smallest share of the gaps with which luck may explain what was seen. It is for the error itself, whether or not the value has `debias`.
+    The rows, or the groups, are resampled: each gets a random weight, `n_boot` times, a Bayesian bootstrap (Rubin 1981). Rows that were
+    not seen are added, so that 100 right answers of 100 don't rule a wrong one out (as Clopper and Pearson 1934 and Brown, Cai and
+    DasGupta 2001 do for a share).
+
+    For NLL, Brier and the accuracy of labels the ends are quantiles of the resampled values: the low one with a row added that makes
+    the value smaller, the high one with one that makes it larger. The accuracy of classes has Wilson's interval (1927).
+
+    A calibration error is never negative, so luck mostly makes it larger. Hence its low end is the smallest true error with which luck
+    could show as large an error as this one, 0 where a calibrated model could. Its high end is a quantile of the resampled errors. Bins
+    stay as they are, and `debias` changes nothing: the interval is for the true error. With norm='max' it holds the truth less often
+    than `level` says, since the largest gap may be in a bin that has none of these rows.
+
     'worst' is the interval of the label that is worst in these rows.
 
-    Raises a TypeError for other measures, options that are not the measure's, and numbers or tensors that are none; a ValueError for bad values and shapes."""
+    Raises a TypeError for other measures, options that are not the measure's, and numbers or tensors that are none; a ValueError for
+    bad values and shapes."""
     _check_level(level)
     m = _measure(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
     checked = check_probs(probs, targs)

@@ -33,7 +33,8 @@ def draw_reliability(
     groups:Tensor=None, # (N,) rows with the same number belong together (None: all are independent)
 ):
     """A reliability diagram: accuracy by confidence with 95% intervals, the gap to the diagonal blue where the model is underconfident and
-    orange where it is overconfident, and dots that grow with the rows of a bin. Raises what `reliability` raises. Guo et al. 2017 (arXiv:1706.04599)."""
+    orange where it is overconfident, and dots that grow with the rows of a bin. Raises what `reliability` raises.
+    Guo et al. 2017 (arXiv:1706.04599)."""
     bins = reliability(probs, targs, n_bins, min_n=min_n, groups=groups)
     ax.fill_between([0,1], [0,1], 0, color=_OVER, alpha=.07, lw=0)
     ax.fill_between([0,1], [0,1], 1, color=_UNDER, alpha=.07, lw=0)
@@ -100,7 +101,8 @@ class CalibrationInterpretation(Interpretation):
     def _probs(self, logits): return torch.sigmoid(logits) if self.targs.ndim == logits.ndim else logits.softmax(1)
 
     def _measures(self, n_bins):
-        res = {'accuracy': (accuracy_multi if self.multi else accuracy, {}), 'NLL': (nll, {}), 'Brier': (brier_score, {}), 'ECE': (calibration_error, dict(n_bins=n_bins))}
+        res = {'accuracy': (accuracy_multi if self.multi else accuracy, {}), 'NLL': (nll, {}), 'Brier': (brier_score, {}),
+               'ECE': (calibration_error, dict(n_bins=n_bins))}
         if self.logits.ndim == 2 and not self.multi: res['classwise ECE'] = classwise_calibration_error,dict(n_bins=n_bins)
         return {**res, 'smooth ECE': (smooth_calibration_error, {})}
 
@@ -117,8 +119,9 @@ class CalibrationInterpretation(Interpretation):
         sample has its luck. An NLL or Brier score below it is of a model that is better than it says, an underconfident one.
 
         NLL and Brier are proper scores, and come first; the others are calibration alone. Rows of one item, such as the pixels of an image,
-        count as depending on each other. A temperature that was fitted to the Learner on these very data looks a little too good. Raises a
-        TypeError or ValueError for options out of range, and for `by_label` where a row has one class."""
+        count as depending on each other: the pixels of an image share its luck, so for a few images `at most` is far above `if perfectly
+        calibrated`, however many pixels they have. A temperature that was fitted to the Learner on these very data looks a little too good.
+        Raises a TypeError or ValueError for options out of range, and for `by_label` where a row has one class."""
         if average not in ('macro','worst'): raise ValueError(f"average must be 'macro' or 'worst', got {average!r}; by_label=True shows each label")
         if by_label: return self._by_label(n_bins)
         rows = {}
@@ -136,8 +139,10 @@ class CalibrationInterpretation(Interpretation):
     def _by_label(self, n_bins):
         if not self.multi: raise ValueError('by_label=True is for several labels a row')
         res = {f'{name} {when}':f(probs, self.targs, average=None, **kw).reshape(-1) for name,f,kw in
-               (('ECE',calibration_error,dict(n_bins=n_bins)),('Brier',brier_score,{}),('NLL',nll,{})) for when,probs in (('raw',self.raw),('after T',self.after))}
-        return pd.DataFrame({'positives':self.targs.double().mean(0), **res}, index=pd.Index(self.vocab, name='label')).sort_values('ECE raw', ascending=False)
+               (('ECE',calibration_error,dict(n_bins=n_bins)),('Brier',brier_score,{}),('NLL',nll,{}))
+               for when,probs in (('raw',self.raw),('after T',self.after))}
+        table = pd.DataFrame({'positives':self.targs.double().mean(0), **res}, index=pd.Index(self.vocab, name='label'))
+        return table.sort_values('ECE raw', ascending=False)
 
     def plot_reliability(self,
         n_bins:int=10, # Bins of equal width
@@ -160,7 +165,7 @@ class CalibrationInterpretation(Interpretation):
         words = dict(words=('too low','too high')) if of_label else {}
         tops,lows = axs[::2].flatten(),axs[1::2].flatten()
         for i,(top,low,(title,p,t)) in enumerate(zip(tops, lows, panels)):
-            draw_reliability(top, p, t, n_bins, title=f'{title}, ECE {calibration_error(p, t):.3f}', groups=self.items, **words)
+            draw_reliability(top, p, t, n_bins, title=f'{title}\nECE {calibration_error(p, t):.3f}', groups=self.items, **words)
             _draw_counts(low, p, n_bins, 'probability' if of_label else 'confidence')
             if i%cols == 0:
                 top.set_ylabel('share of positives' if of_label else 'accuracy')
@@ -196,8 +201,8 @@ class CalibrationInterpretation(Interpretation):
         for ax,title,probs in zip(axs, ('raw',f'after {self._t}'), (self.raw,self.after)):
             sure,right = self._decisions(probs)
             for name,color,o in (('right',_RIGHT,sure[right]),('wrong',_WRONG,sure[~right])):
-                ax.hist(o, n_bins, range=(low,1), weights=np.full(len(o), 1/max(1, len(o))), histtype='stepfilled', fc=to_rgba(color, .2), ec=color, lw=1.5,
-                        label=f'{name} ({len(o):,})')
+                ax.hist(o, n_bins, range=(low,1), weights=np.full(len(o), 1/max(1, len(o))), histtype='stepfilled',
+                        fc=to_rgba(color, .2), ec=color, lw=1.5, label=f'{name} ({len(o):,})')
             ax.axvline(sure.mean(), color='black', label='mean confidence')
             ax.axvline(right.double().mean(), color='black', ls='--', label='accuracy')
             ax.set(title=title, xlabel='confidence of the decision' if classes else 'confidence of the decision, yes or no')
@@ -219,19 +224,23 @@ class CalibrationInterpretation(Interpretation):
         show:bool=True, # Show the inputs, as `plot_top_losses` does?
         **kwargs # Of `plot_top_losses`
     ) -> tuple: # Confidences (k,) in [0,1], indices (k,) into the data
-        """The wrong decisions that the model is most sure of, by the probabilities that `get_preds` gives: with the temperature that was fitted to
-        the Learner, if one was. Those it calls more likely right than wrong, with a confidence above .5; so fewer than `k` where fewer are.
-        Of several labels, by the worst label of a row.
+        """The wrong decisions that the model is most sure of, by the probabilities that `get_preds` gives: with the temperature that was
+        fitted to the Learner, if one was. Those it calls more likely right than wrong, with a confidence above .5; so fewer than `k` where
+        fewer are, and where there are none `show` prints that. Of several labels, by the worst label of a row.
 
-        Raises a ValueError unless there is one prediction an input, all of them are here, and the data come from a fastai DataLoader; a TypeError
-        for a `k` that is no number."""
+        Raises a ValueError unless there is one prediction an input, all of them are here, and the data come from a fastai DataLoader; a
+        TypeError for a `k` that is no number."""
         check_whole('k', k, 0)
-        if not hasattr(self.dl, 'get_idxs'): raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
+        if not hasattr(self.dl, 'get_idxs'):
+            raise ValueError(f"most_overconfident needs a fastai DataLoader, which knows its items' order, got {type(self.dl).__name__}")
         if not len(self.rows) == self.total == len(self.dl.dataset):
-            raise ValueError(f'most_overconfident needs one prediction an input, and all of them: of {len(self.dl.dataset)} inputs there are {self.total} predictions, of which {len(self.rows)} were kept')
+            raise ValueError(f'most_overconfident needs one prediction an input, and all of them: of {len(self.dl.dataset)} inputs there are '
+                             f'{self.total} predictions, of which {len(self.rows)} were kept')
         sure,right = self._decisions(self.after if self.fitted else self.raw)
         wrong = torch.where(right, 0., sure).nan_to_num().view(len(self.rows), -1).amax(1)
-        idx = wrong.argsort(descending=True)[:min(k, int((wrong > .5).sum()))]
+        n = int((wrong > .5).sum())
+        idx = wrong.argsort(descending=True)[:min(k, n)]
+        if show and not n: print('no wrong decision has a confidence above .5')
         if show and len(idx):
             rank = self.top_losses()[1].argsort() # what `plot_top_losses` counts by
             self.plot_top_losses(rank[idx].tolist(), **kwargs)

@@ -269,6 +269,18 @@ def test_many_labels_are_a_grid():
     assert width < 12 and height < 18
 
 
+@pytest.mark.parametrize('k', [3, 6])
+def test_titles_of_labels_are_in_the_picture(k):
+    learn = made(k, labels_of(k, [.02*i for i in range(k)]), BCEWithLogitsLossFlat())
+    learn.fit_temperature(per_label=True)
+    fig = interpret(learn).plot_reliability(return_fig=True)
+    fig.canvas.draw()
+    boxes = [o.title.get_window_extent() for o in fig.axes if o.get_title()]
+    assert len(boxes) == 2*k and 'T per label' in fig.axes[1].get_title()
+    for o in boxes: assert 0 < o.x0 and o.x1 < fig.bbox.x1
+    for a, b in zip(boxes, boxes[1:]): assert a.x1 < b.x0 or abs(a.y0-b.y0) > 5
+
+
 @each
 def test_what_a_picture_calls_a_probability(make):
     interp = found(make)[3]
@@ -339,13 +351,16 @@ def test_most_overconfident_of_labels():
     near(wrong[idx], probs)
 
 
-def test_nothing_wrong_is_nothing():
+def test_nothing_wrong_is_nothing(capsys):
     learn = single()
     z, _ = logits_of(learn)
     learn.dls.valid.dataset[:] = [(x, t) for (x, _), t in zip(learn.dls.valid.dataset, z.argmax(1))]
     interp = interpret(learn)
     probs, idx = interp.most_overconfident()
     assert len(probs) == len(idx) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == 'no wrong decision has a confidence above .5'
+    interp.most_overconfident(show=False)
+    assert capsys.readouterr().out == ''
     interp.plot_reliability(), interp.plot_confidences()
     assert interp.temperature == 1. and interp.summary(n_boot=200).loc[('accuracy', 'raw'), 'value'] == 1.
 
