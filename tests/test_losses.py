@@ -790,7 +790,7 @@ def test_targets_that_teach_nothing_are_warned_of_once(cls, top):
     with pytest.warns(UserWarning, match=rf'eps=(1|\.5) .*nothing to learn') as said: loss = cls(top)
     assert len(said) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', UserWarning)
         loss.eps = top
         loss(rand(3, 4), randint(4, 3) if top == 1. else randint(2, 3, 4))
         copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))

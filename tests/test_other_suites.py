@@ -1,5 +1,6 @@
 """What the suites of others test, in their own shapes and options: PyTorch's samples for both losses, and settings of Liger-Kernel,
 flash-attention and QuACK, with fewer rows where theirs are for a GPU. All against PyTorch in float64, values and gradients."""
+import importlib
 from typing import NamedTuple
 
 import pytest, torch
@@ -35,12 +36,23 @@ def distribution(y, axis):
     return y / y.sum(axis, keepdim=True) if y.is_floating_point() else y
 
 
+def of_pytorch(name):
+    "A module of PyTorch's own tests. Importing one freezes the flags of backends for the process; fastai's `set_seed` sets them"
+    pytest.importorskip('expecttest')   # which PyTorch's testing package asks for
+    res = importlib.import_module(f'torch.testing._internal.{name}')
+    vars(torch.backends)['__allow_nonbracketed_mutation_flag'] = True
+    return res
+
+
+def test_flags_of_backends_can_still_be_set():
+    of_pytorch('common_methods_invocations')
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic
+
+
 @pytest.fixture(scope='module')
 def samples():
     "op name -> PyTorch's samples of it, as (logits, target, options)"
-    pytest.importorskip('expecttest')   # which PyTorch's testing package asks for
-    from torch.testing._internal.common_methods_invocations import op_db
-    ops = {op.name: op for op in op_db if 'cross_entropy' in op.name}
+    ops = {op.name: op for op in of_pytorch('common_methods_invocations').op_db if 'cross_entropy' in op.name}
     return lambda name: [(o.input.detach(), o.args[0].detach(), {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in o.kwargs.items()})
                          for o in ops[name].sample_inputs('cpu', torch.float64, requires_grad=True)]
 
@@ -71,9 +83,7 @@ def positive(options): return {k: v.abs() + .1 if isinstance(v, torch.Tensor) el
 
 @pytest.mark.parametrize('theirs,ours', [(nn.CrossEntropyLoss, LabelSmoothingCrossEntropy), (nn.BCEWithLogitsLoss, LabelSmoothingBCEWithLogits)])
 def test_pytorch_samples_of_modules(theirs, ours):
-    pytest.importorskip('expecttest')
-    from torch.testing._internal.common_modules import module_db
-    info = next(m for m in module_db if m.module_cls is theirs)
+    info = next(m for m in of_pytorch('common_modules').module_db if m.module_cls is theirs)
     taken = info.module_inputs_func(info, 'cpu', torch.float64, requires_grad=True, training=True)
     assert len(taken) > 5
     for o in taken:
