@@ -40,7 +40,7 @@ def of_pytorch(name):
     "A module of PyTorch's own tests. Importing one freezes the flags of backends for the process; fastai's `set_seed` sets them"
     pytest.importorskip('expecttest')   # which PyTorch's testing package asks for
     res = importlib.import_module(f'torch.testing._internal.{name}')
-    vars(torch.backends)['__allow_nonbracketed_mutation_flag'] = True
+    torch.backends.flags_frozen.__globals__['__allow_nonbracketed_mutation_flag'] = True
     return res
 
 
