@@ -125,6 +125,20 @@ def to_smooth(self:Learner,
     _set_loss(self, _with_temperature_of(self, new))
     return self.add_cbs(cbs)
 
+# %% ../nbs/04_learner.ipynb #flagcls1
+class LabelSmoothingFlag(Callback):
+    """Carries `label_smoothing=` out again as a training starts, where a Learner's own `__init__` has set another loss since. Raises what
+    `Learner.to_smooth` raises."""
+    order = -math.inf # before the training is looked at by others
+    def __init__(self,
+        label_smoothing:float|bool # What the Learner was made with: True, or an eps in [0,1]
+    ): self.label_smoothing = label_smoothing
+
+    def before_fit(self):
+        if self.learn.lock.locked(): return # a validation or prediction, which fastai holds this lock for
+        smooths = isinstance(untempered(_unmixed(self.learn.loss_func)), _smoothing_losses)
+        if not (smooths or self.learn._grab_cbs(MultiLabelSmoothingCallback)): _smoothed(self.learn, self.label_smoothing)
+
 # %% ../nbs/04_learner.ipynb #93f8f6e4
 @patch
 def to_hard(self:Learner) -> Learner: # self
@@ -156,19 +170,6 @@ def _with_flag(f):
     return sig.replace(parameters=params[:i] + [_flag] + params[i:])
 
 # %% ../nbs/04_learner.ipynb #5fa516f4
-class LabelSmoothingFlag(Callback):
-    """Carries `label_smoothing=` out again as a training starts, where a Learner's own `__init__` has set another loss since. Raises what
-    `Learner.to_smooth` raises."""
-    order = -math.inf # before the training is looked at by others
-    def __init__(self,
-        label_smoothing:float|bool # What the Learner was made with: True, or an eps in [0,1]
-    ): self.label_smoothing = label_smoothing
-
-    def before_fit(self):
-        if self.learn.lock.locked(): return # a validation or prediction, which fastai holds this lock for
-        smooths = isinstance(untempered(_unmixed(self.learn.loss_func)), _smoothing_losses)
-        if not (smooths or self.learn._grab_cbs(MultiLabelSmoothingCallback)): _smoothed(self.learn, self.label_smoothing)
-
 _fastai_init = getattr(Learner.__init__, '_fastai_init', Learner.__init__) # fastai's own, also when this module is reloaded
 
 @functools.wraps(_fastai_init)
