@@ -146,8 +146,8 @@ class _Fall(NamedTuple):
     n:int        # Decisions that it is a share of
 
     def steep(self, chance):
-        "Is it more than a seventh of all that was learnt, and more than its standard error?"
-        return self.before - self.after > max((chance-self.after)/7, _standard_error(self.after, self.n))
+        "Is it more than a fifth of all that was learnt, and more than its standard error?"
+        return self.before - self.after > max((chance-self.after)/5, _standard_error(self.after, self.n))
 
 class _Pilot(NamedTuple):
     "What a pilot predicts, and how it came to it."
@@ -208,7 +208,7 @@ def _why_not_learnt(found, default, errors, targs, k):
     if training < error/2: return f'it knows its training rows by heart: their error {training:.2f} is less than half of the validation error {error:.2f}'
     if fall := first(o for o in errors.falls(error, n) if o.steep(chance)):
         return (f'in the last third of its training its {fall.name} error still fell from {fall.before:.2f} to {fall.after:.2f}, '
-                f'by more than a seventh of all that it fell from chance, {chance:.2f}')
+                f'by more than a fifth of all that it fell from chance, {chance:.2f}')
 
 # %% ../nbs/09_tune.ipynb #closedfo
 def _closed_form(logits, targs, cap, errors):
