@@ -11,10 +11,9 @@ __all__ = ['check_probs', 'events', 'nll', 'brier_score', 'calibration_error', '
 from fastai.basics import *
 from fastai.metrics import accuracy,accuracy_multi
 from scipy.stats import norm, t
-from .callback import _unmixed
 from .kernels.checks import check_dense, check_number, check_whole
 from .kernels.functional import tensor_of
-from .losses import _label_axis_of
+from .losses import _label_axis_of, base_loss
 
 # %% ../nbs/05_calibration.ipynb #79d33a7b
 def _plain(name, x):
@@ -163,7 +162,7 @@ class _Binned:
         return (2*plain - (share*_mean_abs(sums[...,2]/n.clamp(min=1), sd)).sum(-1)).clamp(min=0)
 
 # %% ../nbs/05_calibration.ipynb #01ac11d4
-def _spread(field, sigma):
+def _diffuse(field, sigma):
     "`field` (...,cells) after it spread like heat to a standard deviation of `sigma` (...) on [0,1], with closed ends."
     n = field.shape[-1]
     sigma = torch.as_tensor(sigma, dtype=torch.double)[...,None]
@@ -180,7 +179,7 @@ class _Smooth:
     def field(self, residuals, sums, at=None):
         "Residuals a row, smoothed by `at`: their norm is at least `at` just where the value is"
         res = residuals / sums[...,0].sum(-1, keepdim=True)
-        return res if at is None else _spread(res, at)
+        return res if at is None else _diffuse(res, at)
 
     def norm_of(self, field, sums): return field.abs().sum(-1)
 
@@ -190,7 +189,7 @@ class _Smooth:
         high = self.norm_of(field, sums) # smoothing only makes it smaller
         for _ in range(20):
             mid = (low+high)/2
-            above = self.norm_of(_spread(field, mid), sums) > mid
+            above = self.norm_of(_diffuse(field, mid), sums) > mid
             low,high = torch.where(above, mid, low),torch.where(above, high, mid)
         return (low+high)/2
 
@@ -285,12 +284,12 @@ def _numbered(groups, n):
     numbers = groups.unique(return_inverse=True)[1]
     return numbers,int(numbers.max())+1
 
-def _drawn(cumulated, group, n_groups, gen):
+def _sample_labels(cumulated, group, n_groups, gen):
     "Labels that the model would be right about on the average; rows of a group have the same luck"
     luck = torch.rand(n_groups, *cumulated.shape[1:2], generator=gen, dtype=torch.double)[group]
     return (luck < cumulated).long()
 
-def _drawn_classes(cumulated, group, n_groups, gen):
+def _sample_classes(cumulated, group, n_groups, gen):
     luck = torch.rand(n_groups, 1, generator=gen, dtype=torch.double)[group]
     return torch.searchsorted(cumulated, luck, right=True)[:,0].clamp(max=cumulated.shape[1]-1)
 
@@ -316,7 +315,7 @@ def null_floor(
     _averaged(torch.zeros(1), average) # is it known?
     n,group = min(n_draws, max(20, 10**8 // probs.numel())),_numbered(groups, len(probs))
     if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
-    draw,p = (_drawn_classes,probs.cumsum(1)) if task == 'classes' else (_drawn,probs)
+    draw,p = (_sample_classes,probs.cumsum(1)) if task == 'classes' else (_sample_labels,probs)
     values = torch.stack([_value(m, (probs, draw(p, *group, gen), task), average) for _ in range(n)])
     return values.mean(0),values.quantile(level, 0)
 
@@ -584,7 +583,7 @@ class CalibrationMetric(Metric):
     def name(self): return self._name
 
     def accumulate(self, learn):
-        loss,n = _unmixed(learn.loss_func),len(learn.pred)
+        loss,n = base_loss(learn.loss_func),len(learn.pred)
         if not n: return
         some = max(1, 2**25*n // max(1, learn.pred.numel())) # a language model's logits in float64 fill memories
         parts = (self._rows(p, t, loss) for p,t in zip(learn.pred.split(some), learn.y.split(some)))

@@ -17,11 +17,6 @@ from .losses import _given_axis
 from .prior import train_prior
 
 # %% ../nbs/03_callback.ipynb #a5a50fbc
-def _unmixed(loss_func):
-    "`loss_func`, or the loss underneath where `MixUp` or `CutMix` put (or, after an exception, left) theirs in its place."
-    owner = getattr(loss_func, '__self__', None)
-    return owner.old_lf if isinstance(owner, MixHandler) else loss_func
-
 def _is_training(learn):
     "Is this called from a training of `learn`? The stack knows; all else an exception leaves as it was."
     frame = sys._getframe()
@@ -29,7 +24,7 @@ def _is_training(learn):
     return frame is not None
 
 def _set_loss(learn, loss):
-    "Makes `loss` the one that `_unmixed` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
+    "Makes `loss` the one that `base_loss` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
     owner = getattr(learn.loss_func, '__self__', None)
     if isinstance(owner, MixHandler) and _is_training(learn): owner.old_lf = loss
     else: learn.loss_func = loss
@@ -37,13 +32,9 @@ def _set_loss(learn, loss):
 _smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
                      fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
 
-def _name(loss):
-    name = getattr(loss, '__name__', type(loss).__name__)
-    return f'{name} of {_name(loss.func)}' if type(loss) is BaseLoss else name
-
 def _check_hard(loss):
     "Raises unless `loss` is one that hard multi-label targets can be smoothed for."
-    name = _name(loss)
+    name = loss_name(loss)
     if isinstance(loss, _smoothing_losses) or getattr(getattr(loss, 'func', loss), 'label_smoothing', 0):
         raise ValueError(f'{name} smooths labels already: use it or MultiLabelSmoothingCallback, not both')
     if getattr(loss, 'y_int', False) or isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy: raise TypeError(_one_class.format(name))
@@ -107,7 +98,7 @@ class MultiLabelSmoothingCallback(Callback):
         if not self.learn.lock.locked(): self._frequencies = None
         if len(self.learn._grab_cbs(MultiLabelSmoothingCallback)) > 1:
             raise ValueError('this Learner has two MultiLabelSmoothingCallbacks: take one out with learn.remove_cb')
-        _check_hard(_unmixed(self.learn.loss_func))
+        _check_hard(base_loss(self.learn.loss_func))
 
     def before_train(self): self._u()
 
@@ -152,7 +143,7 @@ def _restore(self:MultiLabelSmoothingCallback):
 def _u(self:MultiLabelSmoothingCallback):
     "The prior [K], or None; label frequencies are counted once a fit"
     if not isinstance(self.prior, str): return self.prior
-    if self._frequencies is None: self._frequencies = train_prior(self.dls, multi=True, axis=_given_axis(_unmixed(self.learn.loss_func)))
+    if self._frequencies is None: self._frequencies = train_prior(self.dls, multi=True, axis=_given_axis(base_loss(self.learn.loss_func)))
     return self._frequencies
 
 @patch
@@ -161,7 +152,7 @@ def _smoothed(self:MultiLabelSmoothingCallback, y):
     if not y.is_floating_point(): y = y.to(self.pred.dtype)
     u = self._u()
     if u is None: return sigmoid_q(y, self.eps)
-    u = label_prior(u.to(y.device, y.dtype), self.pred.shape, _given_axis(_unmixed(self.learn.loss_func)))
+    u = label_prior(u.to(y.device, y.dtype), self.pred.shape, _given_axis(base_loss(self.learn.loss_func)))
     return sigmoid_q(y.reshape(self.pred.shape), self.eps, u).reshape(y.shape)
 
 @patch
@@ -170,7 +161,7 @@ def _check_labels(self:MultiLabelSmoothingCallback):
     y = self.yb[0]
     if not ((y < 0) | (y > 1)).any(): return
     raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
-                     f'{_name(_unmixed(self.learn.loss_func))}: a regression has no labels to smooth')
+                     f'{loss_name(base_loss(self.learn.loss_func))}: a regression has no labels to smooth')
 
 @patch
 def _check_target(self:MultiLabelSmoothingCallback):
@@ -181,12 +172,12 @@ def _check_target(self:MultiLabelSmoothingCallback):
         shape = getattr(pred, 'shape', None)
         if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
         raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
-    if (u := self._u()) is not None: label_prior(u, pred.shape, _given_axis(_unmixed(self.learn.loss_func)))
+    if (u := self._u()) is not None: label_prior(u, pred.shape, _given_axis(base_loss(self.learn.loss_func)))
 
 # %% ../nbs/03_callback.ipynb #ae9bcba7
 def _eps_owner(learn):
     "The object whose `eps` rules the smoothing of `learn`: its loss, or its callback."
-    loss = _unmixed(learn.loss_func)
+    loss = base_loss(learn.loss_func)
     if isinstance(loss, fastai.losses.LabelSmoothingCrossEntropyFlat): return loss.func # setting it on the loss does nothing
     if isinstance(loss, _smoothing_losses): return loss
     cbs = learn._grab_cbs(MultiLabelSmoothingCallback)

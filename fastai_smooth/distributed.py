@@ -8,7 +8,6 @@ __all__ = ['GlobalMean']
 # %% ../nbs/13_distributed.ipynb #c6cafa79
 from fastai.basics import *
 import fastai.losses
-from .callback import _name, _unmixed
 from .kernels import global_mean, mean_denominator
 from .learner import SmoothedCrossEntropyFlat
 from .losses import *
@@ -32,14 +31,14 @@ class GlobalMean(Callback):
     def __getstate__(self): return {**self.__dict__, 'group':None}
 
     def before_fit(self):
-        loss = _unmixed(self.learn.loss_func)
-        if type(loss) not in _served: raise TypeError(f'GlobalMean serves {", ".join(o.__name__ for o in _served)} (exactly these, no subclasses), got {_name(loss)}')
+        loss = base_loss(self.learn.loss_func)
+        if type(loss) not in _served: raise TypeError(f'GlobalMean serves {", ".join(o.__name__ for o in _served)} (exactly these, no subclasses), got {loss_name(loss)}')
         if loss.reduction != 'mean': raise ValueError(f"GlobalMean needs reduction='mean', the loss has {loss.reduction!r}")
         if len(self.learn._grab_cbs(GlobalMean)) > 1: raise ValueError('this Learner has two GlobalMeans: take one out with learn.remove_cb')
 
     def after_loss(self):
         loss = self.learn.loss_func
-        if _unmixed(loss) is not loss or self.learn.y.is_floating_point(): return # MixUp's mean, and that of soft labels, is over all rows
+        if base_loss(loss) is not loss or self.learn.y.is_floating_point(): return # MixUp's mean, and that of soft labels, is over all rows
         f = getattr(loss, 'func', loss)
         loss.reduction = 'sum'
         try: total = loss(self.learn.pred, *self.learn.yb)

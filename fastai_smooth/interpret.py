@@ -13,9 +13,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import PercentFormatter
 from .calibration import *
 from .calibration import _measure, _measured
-from .callback import _unmixed
 from .kernels.checks import check_whole
-from .losses import untempered
+from .losses import base_loss, untempered
 from .pilot import RawPreds, pilot, raw_preds
 from .temperature import _check_activation, _check_has_activation, best_temperature, cross_fitted, row_nll, temperature_of
 
@@ -66,7 +65,7 @@ class CalibrationInterpretation(Interpretation):
         dl:DataLoader, # Data that were predicted
         preds:RawPreds, # Logits and targets
     ):
-        _check_activation(untempered(_unmixed(learn.loss_func)), preds.logits, preds.targs)
+        _check_activation(untempered(base_loss(learn.loss_func)), preds.logits, preds.targs)
         self.logits,self.targs,self.rows,self.total = preds
         self.logits = self.logits.double()
         self.multi,self.fitted = self.targs.ndim == self.logits.ndim and self.targs.ndim == 2,temperature_of(learn) != 1.
@@ -91,7 +90,7 @@ class CalibrationInterpretation(Interpretation):
     ) -> 'CalibrationInterpretation':
         """From the predictions of `learn`. Raises a TypeError for a loss whose activation is neither softmax nor sigmoid, a ValueError for
         data without targets, and a RuntimeError inside `distrib_ctx`."""
-        _check_has_activation(untempered(_unmixed(learn.loss_func)))
+        _check_has_activation(untempered(base_loss(learn.loss_func)))
         preds = raw_preds(learn, ds_idx, dl, max_numel=2**23) # more would take minutes to judge
         if dl is None:
             dl = learn.dls[ds_idx]

@@ -12,7 +12,7 @@ from .kernels.checks import check_values
 from .losses import *
 from .losses import _given_axis
 from .prior import train_prior
-from .callback import MultiLabelSmoothingCallback, _name, _set_loss, _smoothing_losses, _unmixed
+from .callback import MultiLabelSmoothingCallback, _set_loss, _smoothing_losses
 from .kernels.checks import warn
 
 # %% ../nbs/04_learner.ipynb #bce3be66
@@ -58,9 +58,9 @@ def _options(loss):
     if type(loss) in _sigmoid_losses: return None
     func = getattr(loss, 'func', loss)
     if isinstance(func, _regressions) or func in _regression_functions:
-        raise TypeError(f'{_name(func)} is for regression, where targets are numbers: there are no labels to smooth')
+        raise TypeError(f'{loss_name(func)} is for regression, where targets are numbers: there are no labels to smooth')
     supported = ', '.join(dict.fromkeys(t.__name__ for t in (*_softmax_options, *_sigmoid_losses))) # ours has the name of fastai's
-    raise TypeError(f"can't smooth the labels of {_name(loss)}: supported are {supported} and F.cross_entropy "
+    raise TypeError(f"can't smooth the labels of {loss_name(loss)}: supported are {supported} and F.cross_entropy "
                     "(exactly these, no subclasses). Pass a loss that smooths as loss_func= instead")
 
 # %% ../nbs/04_learner.ipynb #80bdc621
@@ -85,16 +85,16 @@ def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
 
 def _with_temperature_of(learn, loss):
     "`loss`, with the temperature of `learn` where one was fitted."
-    fitted = getattr(_unmixed(learn.loss_func), 'activation', None)
+    fitted = getattr(base_loss(learn.loss_func), 'activation', None)
     t = getattr(fitted, 'temperature', None)
     if t is None: return loss
     if hasattr(loss, 'activation'): return tempered(loss, t, fitted.interval)
-    warn(f'the temperature {t} is dropped: {_name(loss)} has no activation to keep it in')
+    warn(f'the temperature {t} is dropped: {loss_name(loss)} has no activation to keep it in')
     return loss
 
 def _found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own."
-    loss = untempered(_unmixed(learn.loss_func))
+    loss = untempered(base_loss(learn.loss_func))
     return getattr(loss, 'hard', loss) if isinstance(loss, LabelSmoothingCrossEntropyFlat) else loss # by attribute: reloading makes new classes
 
 # %% ../nbs/04_learner.ipynb #ad81fcce
@@ -136,7 +136,7 @@ class LabelSmoothingFlag(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # a validation or prediction, which fastai holds this lock for
-        smooths = isinstance(untempered(_unmixed(self.learn.loss_func)), _smoothing_losses)
+        smooths = isinstance(untempered(base_loss(self.learn.loss_func)), _smoothing_losses)
         if not (smooths or self.learn._grab_cbs(MultiLabelSmoothingCallback)): _smoothed(self.learn, self.label_smoothing)
 
 # %% ../nbs/04_learner.ipynb #93f8f6e4
@@ -146,7 +146,7 @@ def to_hard(self:Learner) -> Learner: # self
 
     Raises a ValueError where there is nothing to undo."""
     loss,cbs = _found_loss(self),self._grab_cbs((MultiLabelSmoothingCallback,LabelSmoothingFlag))
-    if loss is untempered(_unmixed(self.loss_func)) and not cbs:
+    if loss is untempered(base_loss(self.loss_func)) and not cbs:
         ours = isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat))
         raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it'
                          + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if ours else ''))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSmoothingCrossEntropyFlat',
-           'LabelSmoothingBCEWithLogitsFlat', 'TemperedActivation', 'untempered', 'tempered']
+           'LabelSmoothingBCEWithLogitsFlat', 'base_loss', 'loss_name', 'TemperedActivation', 'untempered', 'tempered']
 
 # %% ../nbs/01_losses.ipynb #2149c50c
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
 import inspect
 from .kernels import functional as K
 from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows, class_axis, warn
@@ -306,6 +307,22 @@ def _label_axis_of(loss, ndim):
     "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given."
     return label_axis(ndim, _given_axis(loss))
 
+# %% ../nbs/01_losses.ipynb #baseloss3
+def base_loss(
+    loss_func # `learn.loss_func` of a `Learner`, whether it trains or not
+) -> Callable: # A loss
+    """`loss_func`, or the loss underneath where `MixUp` (Zhang et al. 2017, arXiv:1710.09412) or `CutMix` (Yun et al. 2019, arXiv:1905.04899)
+    put theirs in its place, or left it there after an exception."""
+    owner = getattr(loss_func, '__self__', None)
+    return owner.old_lf if isinstance(owner, MixHandler) else loss_func
+
+def loss_name(
+    loss # A loss: a function, a module or a fastai loss
+) -> str: # Such as 'CrossEntropyLossFlat', or 'BaseLoss of MSELoss'
+    "What to call `loss` in a message: the name of the function or class, and for a plain `BaseLoss` of what it wraps."
+    name = getattr(loss, '__name__', type(loss).__name__)
+    return f'{name} of {loss_name(loss.func)}' if type(loss) is BaseLoss else name
+
 # %% ../nbs/01_losses.ipynb #tmpr0002
 class TemperedActivation:
     """The activation of `loss`, of logits that are divided by `temperature` first (Guo et al. 2017, arXiv:1706.04599).
@@ -348,7 +365,7 @@ def tempered(
     if isinstance(temperature, list) and not temperature: raise ValueError('temperature needs a value a label, got an empty list')
     for t in temperature if isinstance(temperature, list) else [temperature]: check_number('temperature', t, 0, math.inf, strictly=True)
     if temperature == 1 and interval is None: return original
-    if not hasattr(loss, 'activation'): raise TypeError(f'{getattr(loss, "__name__", type(loss).__name__)} has no activation to keep a temperature in')
+    if not hasattr(loss, 'activation'): raise TypeError(f'{loss_name(loss)} has no activation to keep a temperature in')
     res = deepcopy(loss)
     if isinstance(res, nn.Module): res._modules.pop('activation', None)
     res.activation = TemperedActivation(original, temperature, interval)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from urllib.parse import quote
 from .calibration import prediction_rows
-from .callback import _unmixed
+from .losses import base_loss
 from .kernels.checks import check_whole, warn
 
 # %% ../nbs/06_pilot.ipynb #fdf0ff18
@@ -179,7 +179,7 @@ class _GatherRows(Callback):
 
     def after_batch(self):
         if not len(self.yb): raise ValueError('these data have no targets')
-        pred,targ,keep = prediction_rows(self.learn.pred, self.learn.y, _unmixed(self.learn.loss_func))
+        pred,targ,keep = prediction_rows(self.learn.pred, self.learn.y, base_loss(self.learn.loss_func))
         rows = keep.cpu().nonzero()[:,0]
         if not self.kept: self.share = max(1000, self.max_numel // max(1, pred[:1].numel())) / max(1, len(self.learn.dl)*len(keep))
         if self.share < 1: rows = rows[torch.rand(len(rows), generator=self.gen) < self.share]
@@ -201,7 +201,7 @@ def raw_preds(
     if dl is None: dl = learn.dls[check_whole('ds_idx', ds_idx, 0, len(learn.dls.loaders)-1)]
     check_whole('max_numel', max_numel), check_whole('seed', seed)
     with _same_generators_after(dl), pilot(learn, train=False) as quiet:
-        quiet.loss_func = _unmixed(quiet.loss_func)
+        quiet.loss_func = base_loss(quiet.loss_func)
         dl = dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') else _own_dl(dl, {}, train=False)
         items = None
         if hasattr(dl, 'get_idxs'): # texts, say, are sorted by length: keep their order to undo it

@@ -12,13 +12,13 @@ from fastai.callback.schedule import *
 from typing import NamedTuple
 from scipy.optimize import brentq, minimize_scalar
 from .calibration import binomial_interval, bootstrap_interval, prediction_rows
-from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback, _unmixed
+from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback
 from .kernels.checks import check_number, check_whole
 from .learner import *
-from .learner import _name, _sigmoid_losses
+from .learner import _sigmoid_losses
 from .losses import *
 from .pilot import RawPreds, pilot, raw_preds
-from .temperature import TemperatureReminder, best_temperature, check_logits, cross_fitted, row_nll, spread
+from .temperature import TemperatureReminder, best_temperature, check_logits, cross_fitted, row_nll, scale_of_logits
 
 # %% ../nbs/09_tune.ipynb #5d86e3ae
 def _mixed_nll(logits, targs, eta, log_beta):
@@ -29,8 +29,8 @@ def _mixed_nll(logits, targs, eta, log_beta):
     return -torch.log((1-eta)*log_p.exp() + eta/k).mean().item()
 
 def _profile(logits, targs, eta):
-    "The same with the best beta, in a wide range around one over the spread of the logits"
-    mid = -math.log(spread(logits) or 1.)
+    "The same with the best beta, in a wide range around one over the scale of the logits"
+    mid = -math.log(scale_of_logits(logits) or 1.)
     return minimize_scalar(lambda b: _mixed_nll(logits, targs, eta, b), bounds=(mid-5,mid+7), method='bounded', options=dict(xatol=1e-3)).fun
 
 def _some(logits, targs, max_numel):
@@ -92,14 +92,14 @@ def _is_multi(loss): return isinstance(loss, _smooth_sigmoids) or type(loss) in 
 
 def _options_of(learn):
     "Prior and spread that the Learner smooths with already"
-    loss,cbs = untempered(_unmixed(learn.loss_func)),learn._grab_cbs(MultiLabelSmoothingCallback)
+    loss,cbs = untempered(base_loss(learn.loss_func)),learn._grab_cbs(MultiLabelSmoothingCallback)
     if isinstance(loss, LabelSmoothingCrossEntropyFlat): return dict(prior=loss.func.prior, spread=loss.func.spread)
     return dict(prior=cbs[0].prior) if cbs else {}
 
 def _smooth_by(learn, eps, options):
     "Set the smoothing of a pilot, whose loss is its own"
     for o in (LabelSmoothingScheduler,TemperatureReminder): learn.remove_cb(o)
-    loss = untempered(_unmixed(learn.loss_func))
+    loss = untempered(base_loss(learn.loss_func))
     if not isinstance(loss, _smooth_sigmoids): return learn.to_smooth(eps, **options)
     if options: raise ValueError(f'{", ".join(options)}: {type(loss).__name__} has its own')
     learn.loss_func,loss.eps = loss,eps
@@ -112,7 +112,7 @@ class _Errors(Callback):
     def before_validate(self): self.batches = []
     def after_loss(self):
         if self.learn._grab_cbs(LRFinder): return # its training is undone
-        logits,targs,keep = prediction_rows(self.pred, self.y, _unmixed(self.learn.loss_func))
+        logits,targs,keep = prediction_rows(self.pred, self.y, base_loss(self.learn.loss_func))
         wrong = _wrong(logits, targs)[keep]
         (self.train if self.training else self.batches).append((wrong.sum(),wrong.numel())) # read later: a GPU need not wait
     def after_validate(self): self.valid.append((len(self.train),self.batches))
@@ -161,23 +161,23 @@ def _run_pilot(learn, eps, fit, ds_idx, seed, options):
         trial.add_cb(errors := _Errors())
         fit(trial)
         preds = raw_preds(trial, ds_idx)
-    if not _sound(preds.logits).any():
+    if not _finite(preds.logits).any():
         message = f'the pilot with eps={eps:g} diverged: it predicts {preds.logits[~preds.logits.isfinite()][0]}; try a smaller lr'
         if not eps: raise ValueError(message)
         warnings.warn(message)
         return None
-    multi,loss = preds.targs.ndim == preds.logits.ndim,untempered(_unmixed(learn.loss_func))
-    if multi and not _is_multi(loss): raise TypeError(f'eps_find needs class indices as targets of {_name(loss)}, got {tuple(preds.targs.shape)} for '
+    multi,loss = preds.targs.ndim == preds.logits.ndim,untempered(base_loss(learn.loss_func))
+    if multi and not _is_multi(loss): raise TypeError(f'eps_find needs class indices as targets of {loss_name(loss)}, got {tuple(preds.targs.shape)} for '
                                                       f'predictions {tuple(preds.logits.shape)}')
     wrong = preds.targs[(preds.targs != 0) & (preds.targs != 1)] if multi else ()
     if len(wrong): raise ValueError(f'eps_find needs labels of 0 and 1, got {wrong[0]:g}')
     return _Pilot(preds._replace(logits=preds.logits[:,None], targs=preds.targs[:,None]) if preds.logits.ndim == 1 else preds, errors)
 
-def _sound(logits): return ~(logits.isnan() | (logits == math.inf)).view(len(logits), -1).any(1) # -inf masks a class
+def _finite(logits): return ~(logits.isnan() | (logits == math.inf)).view(len(logits), -1).any(1) # -inf masks a class
 
-def _sound_rows(preds):
+def _finite_rows(preds):
     "The rows that all pilots have a prediction for"
-    good = torch.stack([_sound(p.logits) for p in preds]).all(0)
+    good = torch.stack([_finite(p.logits) for p in preds]).all(0)
     if not good.any(): raise ValueError('no prediction is finite in all pilots; try a smaller lr')
     if not good.all(): warnings.warn(f'{(~good).sum()} of {len(good)} predictions are nan or inf, and left out: are there nan in the data?')
     return [p._replace(logits=p.logits[good], targs=p.targs[good]) for p in preds]
@@ -341,12 +341,12 @@ def eps_find(self:Learner,
     if check_whole('ds_idx', ds_idx, 0) not in range(1, len(self.dls.loaders)): raise ValueError(f'ds_idx must be that of data to validate on, 1 to {len(self.dls.loaders)-1}, got {ds_idx}')
     if epss is not None and not full: raise ValueError('epss goes with full=True')
     if kwargs and not full: raise ValueError(f'{", ".join(kwargs)}: goes with full=True, the one pilot is not smoothed')
-    epss = _grid(epss, _is_multi(untempered(_unmixed(self.loss_func))))
+    epss = _grid(epss, _is_multi(untempered(base_loss(self.loss_func))))
     n = max(1, round(share*n_epoch))
     if fit is None: fit = lambda o: o.fit_one_cycle(n, lr)
     run = partial(_run_pilot, self, fit=fit, ds_idx=ds_idx, seed=seed, options=kwargs)
     pilots = {eps:p for eps in (epss if full else [0.]) if (p := run(eps)) is not None}
-    preds,errors = _sound_rows([p.preds for p in pilots.values()]),pilots[0.].errors
+    preds,errors = _finite_rows([p.preds for p in pilots.values()]),pilots[0.].errors
     logits,targs,*_ = preds[0]
     found = _closed_form(logits, targs, cap, errors)
     if full: found = _of_grid(found, _scores(list(pilots), preds))

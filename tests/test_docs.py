@@ -40,6 +40,7 @@ EXEMPT = {
     ('calibration.events', 'source'): 'puts the shapes of all tasks into one',
     ('calibration.prediction_rows', 'source'): "puts a loss' layout into rows",
     ('temperature.check_logits', 'source'): 'a check of arguments',
+    ('losses.loss_name', 'source'): 'a name for messages',
     ('callback.LabelSmoothingScheduler', 'source'): 'any schedule: fastai has no paper for its own',
     ('compare.choose_eps', 'TypeError'): 'its `get_learner` gets eps 0',
     ('compare.choose_eps', 'ValueError'): 'its `get_learner` gets eps 0',
