@@ -1,8 +1,10 @@
 "The modules and fastai losses, against PyTorch's, fastai's and formulas worked here (SPEC sections 1 to 3)."
 import copy, io, math, pickle, warnings
+from types import SimpleNamespace
 
 import cloudpickle, fastai.losses as fastai_losses, pytest, torch, torch.nn.functional as F
 from fastai.basics import TensorBase, TensorCategory, TensorImage, TensorMultiCategory
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.layers import NoneReduce
 from torch import nn, tensor
 from torch._subclasses import FakeTensorMode
@@ -819,3 +821,24 @@ def test_a_subclass_shows_them_too():
     class Mine(LabelSmoothingCrossEntropy):
         def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
     assert repr(Mine(.2, ignore_index=3)) == "Mine(eps=0.2, reduction='mean', ignore_index=3)"
+
+
+# ---------------------------------------------------------------- the loss of a Learner
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_base_loss_finds_the_loss_under_mixup(mix):
+    "for as long as theirs stands in its place, which is what `MixHandler.before_train` and `after_train` do"
+    learn, loss = SimpleNamespace(loss_func=LabelSmoothingCrossEntropyFlat()), nn.Linear(2, 2)
+    cb, ours = mix(), learn.loss_func
+    cb.learn = learn
+    assert losses.base_loss(ours) is ours and losses.base_loss(loss.forward) == loss.forward
+    cb.before_train()
+    assert learn.loss_func == cb.lf and losses.base_loss(learn.loss_func) is ours
+    cb.after_train()
+    assert losses.base_loss(learn.loss_func) is learn.loss_func is ours
+
+
+@pytest.mark.parametrize('loss,name', [
+    (F.cross_entropy, 'cross_entropy'), (nn.BCEWithLogitsLoss(), 'BCEWithLogitsLoss'), (fastai_losses.CrossEntropyLossFlat(), 'CrossEntropyLossFlat'),
+    (LabelSmoothingCrossEntropyFlat(), 'LabelSmoothingCrossEntropyFlat'), (fastai_losses.MSELossFlat(), 'BaseLoss of MSELoss')])
+def test_loss_name(loss, name): assert losses.loss_name(loss) == name
