@@ -11,8 +11,9 @@ import torch, torch.nn.functional as F
 from triton.testing import do_bench, do_bench_cudagraph
 
 from fastai_smooth import bench
-from fastai_smooth.kernels import fused, fused_softmax, smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
-from fastai_smooth.kernels.fused_softmax import Tile
+from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
+from fastai_smooth.kernels.triton import launch, softmax
+from fastai_smooth.kernels.triton.softmax import Tile
 
 DEVICE = 'cuda'
 ours = partial(smooth_cross_entropy, backend='triton')
@@ -34,7 +35,7 @@ def step(f, x, y, factor=None):
 def check():
     "Every kernel with every sort of tile, of a few rows: early and late, long rows, images, ignored rows, factors, the sigmoid head"
     for early in (0, 10**6):
-        fused.EARLY_MB = early
+        launch.EARLY_MB = early
         for shape in ((33, 10), (33, 1001), (5, 20003), (2, 21, 7, 9)):
             x = torch.randn(shape, device=DEVICE, requires_grad=True)
             y = torch.randint(shape[1], shape[:1] + shape[2:], device=DEVICE)
@@ -81,31 +82,31 @@ def question(name):
 
 @question('which tile: [share of copy, ms]')
 def ask_tiles():
-    res, table, early, end = {}, fused_softmax.tile_for, fused.EARLY_MB, time.time() + 60
+    res, table, early, end = {}, softmax.tile_for, launch.EARLY_MB, time.time() + 60
     for n, k, dtype in [(4096, 32000, torch.float32), (1024, 128256, torch.bfloat16), (256, 21843, torch.float32), (8192, 16384, torch.float32), (32768, 1000, torch.float32),
                         (8192, 4096, torch.bfloat16), (1 << 21, 10, torch.float32), (1024, 128256, torch.float32), (1 << 19, 64, torch.bfloat16)]:
         x, y = inputs(n, k, dtype)
         for tile in dict.fromkeys([table(k, 1), *tiles(k)]):
             if time.time() > end: res['not asked'] = 'the others: out of time'; break
-            fused_softmax.tile_for = lambda *_: tile
+            softmax.tile_for = lambda *_: tile
             key = f'{n}x{k} {str(dtype)[6:]} {tuple(tile)}' + (' (table)' if tile == table(k, 1) else '')
             try: res[key] = [round(v, 4) for v in of_copy(step(ours, x, y), x)[:2]]
             except Exception as e: res[key] = f'{type(e).__name__}: {str(e)[:80]}'
         del x, y
-    fused_softmax.tile_for, fused.EARLY_MB = table, early
+    softmax.tile_for, launch.EARLY_MB = table, early
     return res
 
 
 @question('from how many MB on does the early gradient win: late / early')
 def ask_early():
-    res, before = {}, fused.EARLY_MB
+    res, before = {}, launch.EARLY_MB
     for k in (1000, 8192):
         for mb in (1, 4, 16, 32, 64, 128):
             x, y = inputs(mb * 2**18 // k, k)
             times = {}
-            for fused.EARLY_MB in (0, 10**6): times[fused.EARLY_MB] = do_bench(step(ours, x, y), warmup=10, rep=50, return_mode='median')
+            for launch.EARLY_MB in (0, 10**6): times[launch.EARLY_MB] = do_bench(step(ours, x, y), warmup=10, rep=50, return_mode='median')
             res[f'{mb} MB, {k} classes'] = round(times[10**6] / times[0], 3)
-    fused.EARLY_MB = before
+    launch.EARLY_MB = before
     return res
 
 

@@ -27,8 +27,8 @@ parallel=$(python3 -c 'import importlib.util as u, os; print(f"-n {min(12, os.cp
 
 # fewer settings than on a CPU: each is compiled. $parallel is to be split.
 SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 step "kernel tests" 150 python3 -m pytest -q -p no:cacheprovider $parallel -W ignore \
-    tests/test_softmax.py tests/test_sigmoid.py tests/test_parity.py tests/test_paths.py tests/test_torch_features.py
-step "gpu tests" 80 python3 -m pytest -q -p no:cacheprovider ${parallel:+-n 6} -W ignore tests/test_triton_gpu.py tests/test_triton_kernels.py
+    tests/kernels/test_softmax.py tests/kernels/test_sigmoid.py tests/kernels/test_parity.py tests/kernels/test_autograd.py tests/kernels/test_compile.py tests/kernels/test_functional.py
+step "gpu tests" 80 python3 -m pytest -q -p no:cacheprovider ${parallel:+-n 6} -W ignore tests/kernels/triton/test_gpu.py tests/kernels/triton/test_kernels.py
 if [ -n "$sanitizer" ]; then
     timeout 30 python3 benchmarks/gpu.py check > /dev/null 2>&1 # compiles, so that the sanitizer looks at kernels alone
     for tool in memcheck racecheck; do

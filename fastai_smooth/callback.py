@@ -11,7 +11,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 import fastai.losses
 from .kernels.checks import check_eps, check_prior, label_prior, warn
-from .kernels.targets import sigmoid_q
+from .kernels.targets import eps_pair, smooth_labels
 from .losses import *
 from .losses import _given_axis
 from .prior import train_prior
@@ -151,9 +151,9 @@ def _smoothed(self:MultiLabelSmoothingCallback, y):
     "q, of the shape of `y`; the prior lies along the labels of the predictions"
     if not y.is_floating_point(): y = y.to(self.pred.dtype)
     u = self._u()
-    if u is None: return sigmoid_q(y, self.eps)
+    if u is None: return smooth_labels(y, self.eps, self.eps)
     u = label_prior(u.to(y.device, y.dtype), self.pred.shape, _given_axis(base_loss(self.learn.loss_func)))
-    return sigmoid_q(y.reshape(self.pred.shape), self.eps, u).reshape(y.shape)
+    return smooth_labels(y.reshape(self.pred.shape), *eps_pair(self.eps, u)).reshape(y.shape)
 
 @patch
 def _check_labels(self:MultiLabelSmoothingCallback):

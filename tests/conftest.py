@@ -3,10 +3,10 @@ import os, sys
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # as many processes as cores: more threads crawl
 import pytest, torch
 
-FUSED = os.environ.get('SMOOTH_TEST_BACKEND') == 'triton'
-if FUSED:
+ON_TRITON = os.environ.get('SMOOTH_TEST_BACKEND') == 'triton'
+if ON_TRITON:
     sys.path.insert(0, os.path.dirname(__file__))
-    import on_triton   # before any test module takes the functions by name
+    from kernels.triton import on_triton   # before any test module takes the functions by name
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    if FUSED: on_triton.leave_out(items)
+    if ON_TRITON: on_triton.leave_out(items)
     items.sort(key=lambda o: o.get_closest_marker('slow') is None)   # those first: in the end there are short ones to share out
 
 
-if FUSED:
+if ON_TRITON:
     def pytest_terminal_summary(terminalreporter): terminalreporter.write_line(on_triton.report())

@@ -38,11 +38,11 @@ def child(copy, test):
     "In a new process: runs a test file in the copy."
     os.setsid(), os.chdir(copy)
     for fd in 1, 2: os.dup2(os.open('log', os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    os.environ |= {'PYTHONPATH': str(copy)} | ({'SMOOTH_TEST_SETTINGS': '150'} if test == 'parity' else {})
+    os.environ |= {'PYTHONPATH': str(copy)} | ({'SMOOTH_TEST_SETTINGS': '150'} if test == 'kernels/parity' else {})
     sys.path[0] = str(copy)
     import fastai_smooth
     assert Path(fastai_smooth.__file__).is_relative_to(copy), 'this is not the copy'
-    os._exit(pytest.main(['-xqrfE', '-p', 'no:cacheprovider', f'tests/test_{test}.py']))
+    os._exit(pytest.main(['-xqrfE', '-p', 'no:cacheprovider', str(Path('tests', test).with_name(f'test_{Path(test).name}.py'))]))
 
 def failure(copy, test, limit):
     "The first test of a file that fails; None where all pass."

@@ -9,7 +9,7 @@ from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from torch.amp import GradScaler, autocast
 
 from fastai_smooth.all import (LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat,
-                               MultiLabelSmoothingCallback)
+                               MultiLabelSmoothingCallback, smooth_binary_cross_entropy_with_logits)
 
 EPS = .125  # a power of two: 1-eps and eps are exact in every dtype, however the formula is grouped
 
@@ -723,3 +723,12 @@ def test_point_5_a_target_that_the_stock_loss_would_choke_on(target):
     learn = Learner(dls, nn.Linear(8, 3), loss_func=BCEWithLogitsLossFlat(), cbs=MultiLabelSmoothingCallback())
     with learn.no_logging(), pytest.raises(TypeError, match='target') as e: learn.fit(1)
     assert target.is_floating_point() or 'LabelSmoothingCrossEntropyFlat' in str(e.value)
+
+
+def test_callbacks_after_it_see_the_smoothed_loss_in_loss_grad():
+    "its value, too: what is backpropagated, and is reported to be"
+    seen = Spy(lambda l: (l.loss_grad.item(), l.loss.item(), smooth_binary_cross_entropy_with_logits(l.pred, l.y.round(), .2).item()), 'before_backward')
+    learn = tensor_learner(multi_dls(), mlp(), BCEWithLogitsLossFlat(), cbs=[MultiLabelSmoothingCallback(.2), seen])
+    learn.fit(1)
+    assert len(seen.seen) == 3
+    for _, (grad, loss, expected) in seen.seen: assert grad == pytest.approx(loss) == pytest.approx(expected)

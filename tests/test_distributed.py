@@ -7,8 +7,10 @@ pytest.importorskip('accelerate')
 import fastai.distributed   # noqa: F401  before the processes are forked
 from helpers import *
 from fastai_smooth.all import *
+import fastai_smooth.distributed
 from fastai_smooth.kernels.checks import _warn_flip
 from processes import fastai_on_cpu, in_processes, needs_fork
+from reference import distance
 
 import torch.distributed as dist
 
@@ -76,43 +78,6 @@ def test_two_processes_are_one_with_twice_the_batch(name, two):
     else: assert max(off) < 1e-5, off
 
 
-def global_means():
-    "(what each process has, its share of the mean, its gradient) for weights, ignored rows, and nothing left"
-    res, rank = [], dist.get_rank()
-    for ignored in ((), (0, 1, 2), range(8)):
-        g = torch.Generator().manual_seed(0)
-        x, y = torch.randn(8, 4, generator=g), torch.randint(4, (8,), generator=g)
-        y[list(ignored)] = -100
-        x, y = (o[:3] if rank == 0 else o[3:] for o in (x, y))   # the first has nothing left in the second case
-        x.requires_grad_()
-        loss = global_mean(smooth_cross_entropy(x, y, .2, weight=W, reduction='sum'), mean_denominator(y, W))
-        loss.backward()
-        res.append((x.detach(), y, loss.detach(), x.grad))
-    return res
-
-
-@needs_fork
-def test_global_mean():
-    "averaged over processes, the loss and its gradient are those of the mean over all rows"
-    for (x0, y0, loss0, grad0), (x1, y1, loss1, grad1) in zip(*in_processes(2, global_means)):
-        x = torch.cat([x0, x1]).requires_grad_()
-        loss = smooth_cross_entropy(x, torch.cat([y0, y1]), .2, weight=W)
-        loss.backward()
-        torch.testing.assert_close((loss0 + loss1)/2, loss.detach())
-        torch.testing.assert_close(torch.cat([grad0, grad1])/2, x.grad)
-
-
-def test_global_mean_of_one_process():
-    x, y = torch.randn(6, 4), torch.tensor([0, 1, -100, 3, 2, 2])
-    for weight in (None, W):
-        loss = smooth_cross_entropy(x, y, weight=weight, reduction='sum')
-        torch.testing.assert_close(global_mean(loss, mean_denominator(y, weight)), smooth_cross_entropy(x, y, weight=weight))
-    assert global_mean(torch.tensor(0.), mean_denominator(torch.tensor([-100]))) == 0
-    assert mean_denominator(torch.tensor([[1, 255], [2, 255]], dtype=torch.uint8), W, ignore_index=255) == 4
-    with pytest.raises(ValueError, match='target must be class indices'): mean_denominator(torch.rand(3, 2))
-    with pytest.raises(ValueError, match='weight'): mean_denominator(y[:2], torch.ones(2, 2))
-
-
 def test_global_mean_refuses_what_it_cannot_serve():
     with pytest.raises(ValueError, match="reduction='mean'"): learner(CrossEntropyLossFlat(reduction='sum'), cbs=GlobalMean()).fit(1)
     with pytest.raises(ValueError, match='two GlobalMeans'): learner(weighted(), cbs=[GlobalMean(), GlobalMean()]).fit(1)
@@ -123,26 +88,6 @@ def test_global_mean_refuses_what_it_cannot_serve():
 def test_global_mean_is_exported_without_its_group():
     cb = GlobalMean(group=lambda: None)   # what can't be pickled
     assert pickle.loads(pickle.dumps(cb)).group is None and cb.group is not None
-
-
-def test_global_mean_of_half_precision():
-    "the denominator is added up in float32, where float16 has no such number and bfloat16 a rounded one"
-    torch.testing.assert_close(global_mean(torch.tensor(6e4).half(), torch.tensor(1e5)), torch.tensor(.6), atol=1e-3, rtol=0)
-    torch.testing.assert_close(global_mean(torch.tensor(1000.).bfloat16(), 257), torch.tensor(1000 / 257))
-
-
-@pytest.mark.parametrize('what,call', [
-    ('loss_sum', lambda: global_mean(3., 1)), ('loss_sum', lambda: global_mean(torch.ones(2), 1)), ('denominator', lambda: global_mean(torch.tensor(1.), 'a')),
-    ('denominator', lambda: global_mean(torch.tensor(1.), torch.ones(2))), ('target', lambda: mean_denominator([1, 2])), ('ignore_index', lambda: mean_denominator(torch.tensor([1]), None, 'a')),
-    ('class index -1', lambda: mean_denominator(torch.tensor([-1]), W)), ('class index 4', lambda: mean_denominator(torch.tensor([4]), W))])
-def test_global_mean_bad_input(what, call):
-    with pytest.raises((TypeError, ValueError, IndexError), match=what): call()
-
-
-def test_global_mean_compiles():
-    step = lambda x, y: global_mean(smooth_cross_entropy(x, y, .1, weight=W, reduction='sum'), mean_denominator(y, W))
-    x, y = torch.randn(6, 4), torch.tensor([0, 1, -100, 3, 2, 2])
-    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend='aot_eager')(x, y), step(x, y))
 
 
 @pytest.mark.parametrize('cbs', [(), (MixUp,), (CutMix,)])
@@ -198,3 +143,23 @@ def inside():
 def test_no_temperature_and_no_eps_from_a_part_of_the_data():
     "inside distrib_ctx they came out differently in each process"
     for said in in_processes(2, inside): assert len(said) == 2 and all('inside distrib_ctx' in o for o in said)
+
+
+def test_global_mean_asks_others_in_training_alone(monkeypatch):
+    "in validation processes may have unlike numbers of batches: one would wait for ever"
+    asked, dls = [], single_dls()
+    monkeypatch.setattr(fastai_smooth.distributed, 'global_mean', lambda loss_sum, n, group: asked.append(n.item()) or loss_sum / n)
+    tensor_learner(dls, mlp(k=4), CrossEntropyLossFlat(), cbs=GlobalMean()).fit(1)
+    assert asked == [16]*len(dls.train) and len(dls.valid)
+
+
+@pytest.mark.parametrize('first', [True, False], ids=['added first', 'added last'])
+def test_global_mean_keeps_what_others_make_of_the_loss(first):
+    "One process, whose mean it is: gradient accumulation divides what it puts there"
+    def trained(*cbs):
+        set_seed(1)
+        learn = tensor_learner(single_dls(bs=4), mlp(k=4), LabelSmoothingCrossEntropyFlat(.1, weight=torch.tensor([.2, 1, 3, .5])), cbs=list(cbs), opt_func=SGD)
+        learn.fit(1, .1)
+        return weights(learn)
+    pair = [GlobalMean(), GradientAccumulation(8)]
+    assert distance(trained(*(pair if first else pair[::-1])), trained(GradientAccumulation(8))) < 1e-6 < 1e-3 < distance(trained(GradientAccumulation(8)), trained())

@@ -67,8 +67,8 @@ def key(o):
     "Where it lives: `calibration.nll`."
     return f"{o.__module__.removeprefix(PACKAGE + '.')}.{o.__qualname__}"
 
-def modules(): return [importlib.import_module(m.name) for m in pkgutil.walk_packages(fastai_smooth.__path__, f'{PACKAGE}.') if m.name not in
-                       (f'{PACKAGE}.__main__', f'{PACKAGE}.kernels.fused', f'{PACKAGE}.kernels.fused_sigmoid', f'{PACKAGE}.kernels.fused_softmax')]
+def modules(): return [importlib.import_module(m.name) for m in pkgutil.walk_packages(fastai_smooth.__path__, f'{PACKAGE}.')
+                       if m.name != f'{PACKAGE}.__main__' and not m.name.startswith(f'{PACKAGE}.kernels.triton')]
 
 def patched():
     "What this package adds to fastai's classes: `{'Learner.to_smooth': function}`, the function of a property."

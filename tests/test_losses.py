@@ -842,3 +842,8 @@ def test_base_loss_finds_the_loss_under_mixup(mix):
     (F.cross_entropy, 'cross_entropy'), (nn.BCEWithLogitsLoss(), 'BCEWithLogitsLoss'), (fastai_losses.CrossEntropyLossFlat(), 'CrossEntropyLossFlat'),
     (LabelSmoothingCrossEntropyFlat(), 'LabelSmoothingCrossEntropyFlat'), (fastai_losses.MSELossFlat(), 'BaseLoss of MSELoss')])
 def test_loss_name(loss, name): assert losses.loss_name(loss) == name
+
+
+@pytest.mark.parametrize('loss_cls,top,eps', [(LabelSmoothingCrossEntropy, 1, 2.5), (LabelSmoothingBCEWithLogits, .5, .75)])
+def test_eps_out_of_range_names_the_range(loss_cls, top, eps):
+    with pytest.raises(ValueError, match=rf'in \[0, {top}\], got {eps}'): loss_cls(eps)

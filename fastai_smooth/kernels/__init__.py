@@ -1,4 +1,4 @@
-"""Label smoothing on plain tensors: what the smoothed target is, the two losses, and means over several processes. Needs torch and nothing else."""
+"""Label smoothing on plain tensors: the smoothed target, the two losses, and means over several processes. Needs torch and nothing else."""
 from . import distributed, functional
 from .distributed import *
 from .functional import *

@@ -1,11 +1,12 @@
 """Checks of options and targets: what is wrong, by name and value, before anything is computed."""
 from __future__ import annotations
-import functools, math, operator, warnings
+import functools, math, operator, sys, warnings
 from numbers import Real
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from .targets import Smoothing, along, effective_eps, label_axis, soften
+from .autograd import accumulator
+from .targets import Smoothing, SoftmaxTarget, along, coefficients, label_axis
 
 SPREADS = 'all', 'others'
 REDUCTIONS = 'mean', 'sum', 'none'
@@ -33,12 +34,20 @@ def check_number(name, v, low=-math.inf, high=math.inf, strictly=False):
 def check_dense(name, v):
     "`v` is a tensor of real numbers, in memory of its own kind."
     if not isinstance(v, Tensor): raise TypeError(f"{name} must be a tensor, got {type(v).__name__}; torch.tensor(...) makes one")
-    if v.layout is not torch.strided or v.is_nested: raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if v.is_nested else v.layout}")
+    if v.layout is not torch.strided or v.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if v.is_nested else v.layout}")
     if v.is_complex(): raise TypeError(f"{name} must be of real numbers, got {v.dtype}")
+
+def is_sharded(x) -> bool:
+    "Is `x` a DTensor? Whoever has one has imported them, which takes half a second."
+    if type(x) is Tensor: return False
+    tensors = sys.modules.get('torch.distributed.tensor')
+    return hasattr(tensors, 'DTensor') and isinstance(x, tensors.DTensor)  # torch 2.4 has the module without it
 
 def check_values(name, v, x=None):
     "A tensor of options has values, unless the logits `x` have none either."
-    if isinstance(v, Tensor) and v.is_meta and not (x is not None and x.is_meta): raise ValueError(f"{name} is on meta, where it has no values")
+    if isinstance(v, Tensor) and v.is_meta and not (x is not None and x.is_meta):
+        raise ValueError(f"{name} is on meta, where it has no values")
 
 def check_eps(eps, top=1., num_classes=None, values=True):
     "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
@@ -51,7 +60,7 @@ def check_eps(eps, top=1., num_classes=None, values=True):
                 raise ValueError(f"an eps of no dimensions gets no gradient: pass eps.detach(){learnt}")
             eps = eps.item()
     if not isinstance(eps, Tensor):
-        if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
+        if isinstance(eps, bool) or not isinstance(eps, Real): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
         eps = float(eps)
         if not 0 <= eps <= top:
             why = " (labels: a positive becomes 1-eps, a negative eps, so that at .5 they are the same)" if top < 1 else ""
@@ -110,7 +119,8 @@ def check_factors(values=True, /, **factors):
         if not (low >= 0 and high < math.inf):
             bad = v[~((v >= 0) & (v < math.inf))]
             raise ValueError(f"{name} must be finite and not negative, got {bad.flatten()[0].item():g}")
-        if high and not 1e-30 < high < 1e30: raise ValueError(f"{name} must have its largest value between 1e-30 and 1e30 (or be 0), got {high:g}: scale it")
+        if high and not 1e-30 < high < 1e30:
+            raise ValueError(f"{name} must have its largest value between 1e-30 and 1e30 (or be 0), got {high:g}: scale it")
 
 def check_smoothing(s: Smoothing, num_classes=None, weight=None, values=True) -> Smoothing:
     """`s` with its eps as a float or tensor, after all checks that need no targets.
@@ -136,10 +146,11 @@ def warn_past_the_flip(s, weight, eps):
     The optimum is proportional to w * q, so it flips where w_k q_k > w_y q_y: uniformly, past K(1-eps)/eps + 1."""
     k, w = len(weight), weight.double()
     if s.multi_hot or k < 2: return
-    e = effective_eps(eps.double() if isinstance(eps, Tensor) else eps, s.spread, 1, k)
-    u = torch.full_like(w, 1 / k) if s.prior is None else s.prior.to(w)
-    own = w * soften(1., e, u.diagonal() if u.dim() == 2 else u)
-    if bool(((w * u).amax(-1) * e > own * (1 + 1e-9)).any()): _warn_flip(k)
+    eps, mass = eps.double() if isinstance(eps, Tensor) else eps, None if s.prior is None else 1
+    own, each, *_ = coefficients(eps, k, mass=mass, others=s.spread == 'others')
+    u = torch.ones_like(w) if s.prior is None else s.prior.to(w)
+    label = w * (own + each * (u.diagonal() if u.dim() == 2 else u))
+    if bool(((w * u).amax(-1) * each > label * (1 + 1e-9)).any()): _warn_flip(k)
 
 @functools.cache
 def _warn_flip(num_classes):
@@ -164,10 +175,40 @@ def check_indices(index: Tensor, num_classes: int, skip: Tensor | None = None):
     raise IndexError(f"class index {value} at row {row} is out of range for {num_classes} classes"
                      + (f"; ignore_index={value} leaves such rows out" if skip is not None and (value < 0 or value == 255) else ""))
 
+def resolve_indices(target: SoftmaxTarget, x: Tensor, traced: bool = False) -> SoftmaxTarget:
+    "The target with class indices that are safe to gather with, and where they are ignored and where invalid (None: nowhere)."
+    if not target.is_index: return target
+    labels, k, ignore = target.target.long(), x.shape[target.axis], target.ignore_index  # as int64: -100 of uint8 would be 156
+    index = labels
+    if torch.compiler.is_compiling(): index = checked_indices(index, k, ignore)
+    if traced or not index.is_cpu:
+        ignored = index == ignore
+        invalid = ((index < 0) | (index >= k)) & ~ignored
+        return target._replace(target=index.masked_fill(ignored | invalid, 0), ignored=ignored, invalid=invalid)
+    ignored = None
+    if index.numel():
+        low, high = index.aminmax()
+        if low.item() <= ignore <= high.item():
+            ignored = index == ignore
+            index = index.masked_fill(ignored, 0)
+            low, high = index.aminmax()
+        if low.item() < 0 or high.item() >= k: check_indices(labels, k, labels == ignore)
+    return target if index is target.target else target._replace(target=index, ignored=ignored)
+
+@torch.library.custom_op('fastai_smooth::checked_indices', mutates_args=())
+def checked_indices(index: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    "The check as an op, since reading values in a compiled graph would break it."
+    if index.device.type == 'cpu': check_indices(index, num_classes, index == ignore_index)
+    return index.clone()
+
+@checked_indices.register_fake
+def _(index, num_classes, ignore_index): return torch.empty_like(index)
+
 def check_needs_no_index(s: Smoothing):
     "Soft and multi-hot targets have no one class whose eps or row of a prior could be looked up."
     if isinstance(s.eps, Tensor): raise ValueError("one eps a class needs class indices as targets, got soft targets")
-    if s.prior is not None and s.prior.dim() == 2: raise ValueError("a prior of shape [K,K] needs class indices as targets, got soft targets")
+    if s.prior is not None and s.prior.dim() == 2:
+        raise ValueError("a prior of shape [K,K] needs class indices as targets, got soft targets")
 
 OTHER_TARGETS = "multi_hot=True for several classes a row, or smooth_binary_cross_entropy_with_logits (LabelSmoothingBCEWithLogitsFlat)"
 
@@ -210,7 +251,8 @@ def check_targets(x, target, axis, multi_hot) -> bool:
         raise ValueError(f"{target.dtype} targets shaped like input, {tuple(x.shape)}: use float for soft labels, {OTHER_TARGETS}")
     if not is_index(target): raise TypeError(f"class indices must be integers, got {target.dtype}; target.long() makes them")
     if target.shape != rows:
-        other = [d for d in range(x.dim()) if target.shape == x.shape[:d] + x.shape[d+1:]] if x.dim() > 2 else []  # of (N, K) one is as likely a wrong N
+        other = [d for d in range(x.dim()) if target.shape == x.shape[:d] + x.shape[d+1:]]
+        if x.dim() == 2: other = []  # for (N, K), a wrong N is as likely
         raise ValueError(f"class indices must have shape {tuple(rows)} for input of shape {tuple(x.shape)} with classes along axis {axis}, "
                          f"got {tuple(target.shape)}" + (f": are classes along another axis? axis={other[0]} fits" if other else ""))
     return True
@@ -224,3 +266,29 @@ def check_labels(x, target):
         raise ValueError(f"target of shape {tuple(target.shape)} looks like class indices: those are for smooth_cross_entropy "
                          f"(LabelSmoothingCrossEntropyFlat); this loss takes labels shaped like input, {tuple(x.shape)}")
     raise ValueError(f"target must be shaped like input, {tuple(x.shape)}, got {tuple(target.shape)}")
+
+def prepare(x: Tensor, target: Tensor, s: Smoothing, weight: Tensor | None, ignore_index: int, axis: int,
+            look: bool, checked: bool) -> SoftmaxTarget:
+    """What the softmax loss of logits `x` is computed against, after all checks but that of class indices, which `resolve_indices` makes.
+
+    Of weight and prior the shapes are looked at alone, their values when a module is built. `look`: values may be read, of soft labels and
+    of one eps a class, if that has not been `checked`."""
+    check_whole('ignore_index', ignore_index)
+    if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
+    axis = class_axis(x, axis)
+    k = x.shape[axis]
+    if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
+    s = check_smoothing(s, k, weight, values=False)
+    if k == 1 and not isinstance(s.eps, Tensor): s = s._replace(eps=0.)  # the one class has the label and all of the smoothing
+    if s.prior is not None or weight is not None or isinstance(s.eps, Tensor):
+        if look and not checked and isinstance(s.eps, Tensor): check_eps(s.eps)
+        for name, v in (('eps', s.eps), ('prior', s.prior), ('weight', weight)): check_values(name, v, x)
+        s = s.to(x, accumulator(x))
+        if weight is not None: weight = weight.to(x.device, accumulator(x))
+    is_index = check_targets(x, target, axis, s.multi_hot)
+    check_device(x, target)
+    if not is_index:
+        check_needs_no_index(s)
+        if look and not s.multi_hot: check_soft_rows(target, axis)
+        if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
+    return SoftmaxTarget(target, is_index, s, axis, weight, ignore_index)

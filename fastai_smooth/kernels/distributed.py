@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from .backward import tracing
+from .autograd import tracing
 from .checks import check_dense, check_indices, check_number, check_shape, check_whole, is_index
 
 __all__ = ['global_mean', 'mean_denominator']
@@ -21,7 +21,8 @@ def mean_denominator(
     loss will be nan)."""
     check_dense('target', target)
     check_whole('ignore_index', ignore_index)
-    if not is_index(target): raise ValueError(f"target must be class indices, got {target.dtype}: the mean of other targets is over all rows")
+    if not is_index(target):
+        raise ValueError(f"target must be class indices, got {target.dtype}: the mean of other targets is over all rows")
     kept = target != ignore_index
     if weight is None: return kept.sum(dtype=torch.float32)
     check_shape('weight', weight, None, 1)

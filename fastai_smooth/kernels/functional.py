@@ -3,13 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from . import sigmoid, softmax
-from .backward import opaque, tracing
+from .autograd import accumulator, has_no_storage, tracing
 from .checks import (check_dense, check_device, check_eps, check_indices, check_labels, check_needs_no_index, check_prior, check_reduction,
-                     check_smoothing, check_soft_rows, check_targets, check_values, check_whole, class_axis, is_index, label_prior)
-from .formula import Job, accumulator
-from .indices import looked_up
-from .sharded import check_options, is_sharded, sharded_loss
-from .targets import Smoothing, label_axis, one_hot, sigmoid_q
+                     check_smoothing, check_soft_rows, check_values, check_whole, is_index, is_sharded, label_prior, prepare,
+                     resolve_indices)
+from .targets import SigmoidTarget, Smoothing, eps_pair, label_axis, one_hot, smooth_labels
 
 __all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits']
 
@@ -17,23 +15,24 @@ BACKENDS = 'torch', 'triton'
 
 def check_backend(backend):
     "Raises where there is no such backend, or it is not installed."
-    if backend == 'triton': fused_heads()
+    if backend == 'triton': triton_heads()
     elif backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
 
-def fused_heads():
-    "The fused kernels' modules, softmax and sigmoid."
-    try: from . import fused_sigmoid, fused_softmax
+def triton_heads():
+    "The package of the fused kernels: `softmax` and `sigmoid`."
+    try: from . import triton
     except ImportError as e:
-        raise ImportError(f"backend='triton' needs the package triton, which could not be imported ({e}): pip install triton, or take backend='auto'") from e
-    return fused_softmax, fused_sigmoid
+        raise ImportError(f"backend='triton' needs the package triton, which could not be imported ({e}): "
+                          "pip install triton, or take backend='auto'") from e
+    return triton
 
-def fused_for(backend, x):
-    """The fused heads, where they are asked for; else None: 'auto' is the torch implementation everywhere, until a GPU has been
+def select_backend(backend, x):
+    """The fused kernels, where they are asked for; else None: 'auto' is the torch implementation everywhere, until a GPU has been
     seen to pass the tests and win."""
     if backend == 'auto' or backend == 'torch': return None
     check_backend(backend)
-    heads = fused_heads()
-    if not (x.is_meta or heads[0].fused.runs_on(x)):
+    heads = triton_heads()
+    if not (x.is_meta or heads.runs_on(x)):
         raise ValueError(f"backend='triton' is for logits on a GPU, these are on {x.device}: move them there, or take backend='auto'")
     return heads
 
@@ -104,8 +103,8 @@ def _smooth_labels(target, num_classes, eps, prior, axis, values):
     if prior is not None:
         prior = unwrapped('prior', prior)
         check_prior(prior, sigmoid=True, values=values)
-        prior = label_prior(prior, target.shape, axis)
-    return sigmoid_q(target, eps, None if prior is None else prior.to(target))
+        prior = label_prior(prior, target.shape, axis).to(target)
+    return smooth_labels(target, *eps_pair(eps, prior))
 
 def smooth_cross_entropy(
     input: Tensor,              # Logits, classes along `axis`: (N,K), (N,K,d1,...), or (K,) for a single row
@@ -165,55 +164,51 @@ def smooth_binary_cross_entropy_with_logits(
 # --- what the modules call --------------------------------------------------------------------------------------------
 
 def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axis, backend, checked=False):
-    """`smooth_cross_entropy` of a `Smoothing`, whose eps has been `checked` if it is a module's. Of weight and prior the shapes are looked
-    at alone: their values when a module is built."""
-    x, target = logits(input), unwrapped('target', target)
-    fused = fused_for(backend, x)
+    "`smooth_cross_entropy` of a `Smoothing`, whose eps has been `checked` if it is a module's."
+    if backend == 'auto' or backend == 'torch':
+        loss = softmax.pytorch_loss(input, target, smoothing, weight, ignore_index, reduction, axis)
+        if loss is not None: return loss
+    x, y = unwrapped_logits(input), unwrapped('target', target)
+    heads = select_backend(backend, x)
     if weight is not None: weight = unwrapped('weight', weight)
     smoothing = unwrapped_options(smoothing)
     check_reduction(reduction)
-    check_whole('ignore_index', ignore_index)
-    if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
-    axis = class_axis(x, axis)
-    sharded = is_sharded(x)
-    if sharded: check_options(eps=smoothing.eps, prior=smoothing.prior, weight=weight)
-    k, traced = x.shape[axis], torch.compiler.is_compiling() if sharded else tracing(x, target)
-    if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
-    s, look = check_smoothing(smoothing, k, weight, values=False), not traced and x.device.type == 'cpu'
-    if look and not checked and isinstance(s.eps, Tensor): check_eps(s.eps)
-    for name, v in (('eps', s.eps), ('prior', s.prior), ('weight', weight)): check_values(name, v, x)
-    s = s.to(x, accumulator(x))
-    if weight is not None: weight = weight.to(x.device, accumulator(x))
-    index = check_targets(x, target, axis, s.multi_hot)
-    check_device(x, target)
-    if not index:
-        check_needs_no_index(s)
-        if look and not s.multi_hot: check_soft_rows(target, axis)
-        if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
-    if sharded: return sharded_loss(x, Job(target, index, s, axis, weight, ignore_index), reduction)
-    job, others = Job(target, index, s, axis, weight, ignore_index), needs_grad(target, weight, s.prior, s.eps)
-    if fused and not others and not opaque(x, target) and fused[0].takes(x, job): return fused[0].softmax_loss(x, job, reduction)
-    return softmax.softmax_loss(x, looked_up(job, x, traced), reduction, traced or others)
+    if is_sharded(x): return sharded_cross_entropy(x, y, smoothing, weight, ignore_index, reduction, axis, checked)
+    traced = tracing(x, y)
+    target = prepare(x, y, smoothing, weight, ignore_index, axis, look=x.is_cpu and not traced, checked=checked)
+    others = needs_grad(y, weight, smoothing.prior, smoothing.eps)
+    if heads and not others and not has_no_storage(x, y) and heads.softmax.supports(x, target):
+        return heads.softmax.softmax_loss(x, target, reduction)
+    return softmax.softmax_loss(x, resolve_indices(target, x, traced), reduction, traced or others)
+
+def sharded_cross_entropy(x, y, smoothing, weight, ignore_index, reduction, axis, checked):
+    from .sharded import check_options, sharded_loss
+    check_options(eps=smoothing.eps, prior=smoothing.prior, weight=weight)
+    look = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    return sharded_loss(x, prepare(x, y, smoothing, weight, ignore_index, axis, look, checked), reduction)
 
 def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, axis, backend):
     "`smooth_binary_cross_entropy_with_logits`."
-    x, target = logits(input), unwrapped('target', target)
-    fused = fused_for(backend, x)
+    if (backend == 'auto' or backend == 'torch') and axis is None:
+        loss = sigmoid.pytorch_loss(input, target, eps, prior, weight, pos_weight, reduction)
+        if loss is not None: return loss
+    x, y = unwrapped_logits(input), unwrapped('target', target)
+    heads = select_backend(backend, x)
     check_reduction(reduction)
-    check_labels(x, target)
-    check_device(x, target)
-    if axis is not None:
-        axis = check_whole('axis', axis)
-        label_axis(x.dim(), axis)  # is there one?
-    eps, traced = check_eps(eps, .5), tracing(x, target)
-    if prior is weight is pos_weight is None: labels = sigmoid.Labels(target, eps)
-    else:
-        if prior is not None: prior = label_prior(unwrapped('prior', prior), x.shape, axis)
-        spread = lambda name, v: None if v is None else expanded(name, unwrapped(name, v), x)
-        labels = sigmoid.Labels(target, eps, spread('prior', prior), spread('weight', weight), spread('pos_weight', pos_weight))
-    others = needs_grad(target, prior, weight, pos_weight)
-    if fused and not others and not opaque(x, target) and fused[1].takes(x, labels): return fused[1].sigmoid_loss(x, labels, reduction)
-    return sigmoid.sigmoid_loss(x, labels, reduction, traced or others)
+    check_labels(x, y)
+    check_device(x, y)
+    if axis is not None: label_axis(x.dim(), check_whole('axis', axis))  # is there one?
+    eps = check_eps(eps, .5)
+    if prior is not None:
+        prior = label_prior(unwrapped('prior', prior), x.shape, axis)
+        check_values('prior', prior, x)
+        prior = prior.to(x.device, accumulator(x))
+    e0, e1 = (e if isinstance(e, float) else broadcast('prior', e, x) for e in eps_pair(eps, prior))
+    target = SigmoidTarget(y, e0, e1, broadcast('weight', weight, x), broadcast('pos_weight', pos_weight, x))
+    traced, others = tracing(x, y), needs_grad(y, prior, weight, pos_weight)
+    if heads and not others and not has_no_storage(x, y) and heads.sigmoid.supports(x, target):
+        return heads.sigmoid.sigmoid_loss(x, target, reduction)
+    return sigmoid.sigmoid_loss(x, target, reduction, traced or others)
 
 def unwrapped(name, t):
     """A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay.
@@ -227,30 +222,35 @@ def unwrapped(name, t):
     if t.is_neg(): t = t.resolve_neg()  # torch's copy_ of float16 to float32 would lose the sign
     return t.clone() if t.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled() else t
 
+def unwrapped_logits(input):
+    "The logits, unwrapped; a TypeError for what is not floating point."
+    x = unwrapped('input', input)
+    if not x.is_floating_point(): raise TypeError(f"input must be floating point logits, got {x.dtype}")
+    return x
+
+def tensor_of(name, v):
+    "`v`, or a tensor of what is in its lists, array or DataFrame."
+    try: return torch.as_tensor(v.to_numpy().copy() if hasattr(v, "to_numpy") else v)  # pandas' own array may be read-only
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"{name} must be a tensor, or numbers in lists or an array, got {type(v).__name__} ({e})") from None
+
 def unwrapped_options(s):
     "A `Smoothing` whose tensors are."
     if s.prior is None and not isinstance(s.eps, Tensor): return s
     eps = unwrapped('eps', s.eps) if isinstance(s.eps, Tensor) else s.eps
     return Smoothing(eps, None if s.prior is None else unwrapped('prior', s.prior), s.spread, s.multi_hot)
 
-def tensor_of(name, v):
-    "`v`, or a tensor of what is in its lists, array or DataFrame."
-    try: return torch.as_tensor(v.to_numpy().copy() if hasattr(v, "to_numpy") else v)  # pandas' own array may be read-only
-    except (TypeError, ValueError, RuntimeError) as e: raise TypeError(f"{name} must be a tensor, or numbers in lists or an array, got {type(v).__name__} ({e})") from None
-
-def logits(input):
-    x = unwrapped('input', input)
-    if not x.is_floating_point(): raise TypeError(f"input must be floating point logits, got {x.dtype}")
-    return x
-
 def needs_grad(*others) -> bool:
+    "Does anything else than the logits need a gradient?"
     if torch.is_grad_enabled():
         for o in others:
             if isinstance(o, Tensor) and o.requires_grad: return True
     return False
 
-def expanded(name, v, x):
-    "`v` broadcast to `x`, without a copy."
+def broadcast(name, v, x):
+    "A tensor in the accumulator's dtype, broadcast to the shape of `x` without a copy; None as it is."
+    if v is None: return v
+    v = unwrapped(name, v)
     check_dense(name, v)
     check_values(name, v, x)
     try: return v.to(x.device, accumulator(x)).expand(x.shape)

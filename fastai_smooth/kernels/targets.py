@@ -1,72 +1,129 @@
-"""What the smoothed target q is: the formula of both heads, in one place.
+"""What the smoothed target is. Both heads and all implementations take it from here.
 
-    softmax:  q = (1 - e) * y + e * u      u: uniform over the classes, or a prior
-    sigmoid:  q = (1 - 2e) * y + 2e * u    u: 1/2, or a prior; a positive becomes 1 - e, a negative e
+    softmax:  t_k = w_k * (own * y_k + each * u_k)    u: 1 for each class, or a prior; `coefficients` gives own and each
+    sigmoid:  q   = e0 + (1 - e0 - e1) * y            a negative becomes e0, a positive 1 - e1; `eps_pair` gives e0 and e1
 
-Szegedy et al. 2016 (arXiv:1512.00567) is the uniform softmax one, Keras' binary `label_smoothing` is 2e.
+Szegedy et al. 2016 (arXiv:1512.00567) is the softmax one with own = 1 - eps and each = eps / K. Keras' binary `label_smoothing` is e0 + e1.
 """
 from __future__ import annotations
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 import torch
 from torch import Tensor
+from .autograd import accumulator
 
-def soften(y, eps, u):
-    "The smoothed target: `y` keeps `1 - eps` of its mass, `u` gets `eps`."
-    return (1 - eps) * y + eps * u
+class Coefficients(NamedTuple):
+    "What `coefficients` gives: numbers, or tensors with a value a row."
+    own: float | Tensor             # of the target y
+    each: float | Tensor            # of u
+    own_masked: float | Tensor      # of y, at a class that is masked (a logit of -inf)
+    uniform: bool | Tensor          # Is u uniform, since all of the prior's mass is on masked classes?
 
-def effective_eps(eps, spread, n, size):
-    """The eps of `spread='all'` that leaves `1 - eps` on the `n` positives out of `size` classes.
+def coefficients(eps, left, positives=1, present=1, mass=None, others=False) -> Coefficients:
+    """The smoothed target of a row, `own * y + each * u`: own and each.
 
-    With 'others' the positives get nothing back from the uniform part, which is 'all' with eps * size / (size - n);
-    where every class is positive there is nowhere to move mass to, and nothing is moved."""
-    if spread == 'all': return eps
-    rest = size - n
-    if not isinstance(rest, Tensor): return eps * (size / rest if rest else 0.)
-    return torch.where(rest > 0, eps * size / torch.where(rest > 0, rest, 1), 0.)
+    `left` is the number of classes that are not masked, `positives` of the classes that share the target and `present` of those
+    among them that are not masked, `mass` what the classes that are not masked have of the prior; `others` is spread='others'.
 
-@dataclass(frozen=True)
-class Smoothing:
+    It is plain arithmetic, whose ifs ask what is known before, never for values: Triton compiles this very function for the GPU."""
+    none = positives == 0
+    eps = eps + (1 - eps) * none                         # a row without a positive has the uniform target
+    rest = left - present if others else left            # the classes that get a share
+    eps = eps * (rest > 0)                               # there are none: nothing is moved
+    own_masked = (1 - eps) / (positives + none)
+    uniform, share = False, rest
+    if mass is not None:
+        uniform = mass == 0
+        share = mass + left * uniform
+    each = eps / (share + (share <= 0))
+    own = own_masked - each * (present > 0) if others else own_masked  # u gives each class a share, positives too: taken back
+    return Coefficients(own, each, own_masked, uniform)
+
+def mean_over(weight, rows):
+    """What a mean is over: the `weight` of all rows that count, of which there are so many.
+
+    Without a row it is 1, and the mean 0; where there are rows, whose weights are all 0, it is nan, as in PyTorch."""
+    total = weight + (rows == 0)
+    return total / (total != 0)
+
+# --- the softmax head -------------------------------------------------------------------------------------------------
+
+class Smoothing(NamedTuple):
     "How targets are smoothed on the softmax head. `prior` and a tensor `eps` are used in the dtype they have."
     eps: float | Tensor = .1     # In [0, 1]; or one value a class, of shape [K]
     prior: Tensor | None = None  # Where the mass goes: [K], or [K,K] with a row for each target class
     spread: str = 'all'          # 'all': every class gets a share; 'others': all but the positives do
-    multi_hot: bool = False      # Targets are 0/1 vectors with any number of ones, to be shared out among the ones
+    multi_hot: bool = False      # Targets are 0/1 vectors with any number of ones, which share what smoothing leaves
 
     def to(self, like: Tensor, dtype: torch.dtype) -> Smoothing:
         "The same, with its tensors on the device of `like` and of `dtype`."
-        if self.prior is None and not isinstance(self.eps, Tensor): return self
-        move = lambda o: o.to(like.device, dtype) if isinstance(o, Tensor) else o
-        return Smoothing(move(self.eps), move(self.prior), self.spread, self.multi_hot)
+        eps, prior, *rest = self
+        if isinstance(eps, Tensor): eps = eps.to(like.device, dtype)
+        if prior is not None: prior = prior.to(like.device, dtype)
+        return Smoothing(eps, prior, *rest)
 
-    def dense(self, y, axis, index=None, keep=None):
+    def dense(self, y: Tensor, axis: int, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """q for targets `y` (floating, classes along `axis`); `index` are the class indices that `y` came from.
 
-        `keep` is False at classes that are masked out by a logit of -inf: they get no share, the others all of it."""
-        size = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
-        eps, n = self.eps, y.sum(axis, keepdim=True) if self.multi_hot else 1
+        `keep` is False at classes that are masked by a logit of -inf: they get no share, the others all of it."""
+        eps, u, mass = self.eps, keep, None
         if isinstance(eps, Tensor): eps = of_class(eps, index).unsqueeze(axis)
-        if self.multi_hot and self.spread == 'others':  # not `effective_eps`: a masked positive has (1 - eps) / n, and is not among `size`
-            other = y == 0 if keep is None else (y == 0) & keep
-            rest = other.sum(axis, keepdim=True, dtype=y.dtype)
-            u, eps = other / rest.clamp(min=1), eps * (rest > 0).to(y.dtype)
-        else:
-            reached = 1 if keep is None or self.spread == 'all' else ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
-            u, eps = self._shares(y, axis, index, size, keep), effective_eps(eps, self.spread, reached, size)
-        if self.multi_hot:  # a row with no positive is all smoothing
-            none = n == 0
-            y, eps = y / torch.where(none, 1, n), eps + (1 - eps) * none.to(y.dtype)
-        return soften(y, eps, u)
+        elif keep is not None or self.multi_hot: eps = y.new_ones(()) * eps  # makes bools that dtype; `torch.full` would compile eps in
+        if self.prior is not None:
+            u = of_class(self.prior, index).movedim(-1, axis) if self.prior.dim() == 2 else along(self.prior, axis, y.dim())
+            if keep is not None: u = u * keep
+            mass = 1 if keep is None else u.sum(axis, keepdim=True)
+        left = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
+        positives = present = y.sum(axis, keepdim=True) if self.multi_hot else 1
+        if keep is not None and self.multi_hot: present = (y * keep).sum(axis, keepdim=True)
+        elif keep is not None: present = ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
+        own, each, own_masked, uniform = coefficients(eps, left, positives, present, mass, self.spread == 'others')
+        if keep is not None:
+            own = torch.where(keep, own, own_masked)
+            if self.prior is not None: u = torch.where(uniform, keep.to(y.dtype), u)
+        share = each if u is None else each * u
+        if type(own) is float and not torch.compiler.is_compiling():  # in one pass
+            return torch.add(share if isinstance(share, Tensor) else torch.full((), share, dtype=y.dtype, device=y.device), y, alpha=own)
+        return own * y + share
 
-    def _shares(self, y, axis, index, size, keep):
-        "u, broadcastable to `y`: uniform or the prior, over the classes that are kept."
-        if self.prior is None: return 1 / size if keep is None else keep.to(y.dtype) / size
-        if self.prior.dim() == 2: u = of_class(self.prior, index).movedim(-1, axis)
-        else: u = along(self.prior, axis, y.dim())
-        if keep is None: return u
-        u = u * keep
-        total = u.sum(axis, keepdim=True)
-        # Where the prior gave all of its mass to masked classes, uniform is what is left to say
-        return torch.where(total > 0, u / torch.where(total > 0, total, 1), keep.to(y.dtype) / size)
+class SoftmaxTarget(NamedTuple):
+    "What the softmax loss is computed against: all but the logits, checked and on their device."
+    target: Tensor                 # [rows] class indices (by `resolve_indices` int64 and in range), or labels shaped like the logits
+    is_index: bool                 # Which of the two
+    smoothing: Smoothing
+    axis: int                      # Of the classes in the logits
+    weight: Tensor | None = None   # [K]
+    ignore_index: int = -100       # What `ignored` is made of
+    ignored: Tensor | None = None  # [rows], True where a row counts for nothing; None where there is no such row
+    invalid: Tensor | None = None  # [rows], True where an index was out of range and could not be reported: nan
+
+    def tensors(self):
+        "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
+        return [v for v in (self.target, self.weight, self.smoothing.prior, self.smoothing.eps) if isinstance(v, Tensor)]
+
+    def chunk(self, chunk) -> SoftmaxTarget:
+        "The target of this chunk of the logits."
+        if chunk is ...: return self
+        rows = tuple(s for d, s in enumerate(chunk) if d != self.axis)
+        cut = lambda v: None if v is None else v[rows]
+        return self._replace(target=self.target[rows if self.is_index else chunk], ignored=cut(self.ignored), invalid=cut(self.invalid))
+
+    def dense(self, z: Tensor, keep: Tensor | None = None) -> Tensor:
+        "t = w * q for logits like `z`, of which only those in `keep` are not masked (None: all)."
+        index = self.target if self.is_index else None
+        y = one_hot(index, z.shape[self.axis], self.axis, z.dtype) if self.is_index else self.target.to(z.dtype)
+        t = self.smoothing.dense(y, self.axis, index, keep)
+        if self.weight is not None: t = t * along(self.weight, self.axis, z.dim())
+        return t if self.invalid is None else t.masked_fill(self.invalid.unsqueeze(self.axis), math.nan)
+
+    def denominator(self, x: Tensor):
+        "What `reduction='mean'` is over: the weights of the rows that count where targets are class indices, else the rows."
+        rows = x.numel() // x.shape[self.axis]
+        if not self.is_index: return max(1, rows)
+        if self.ignored is not None: rows = rows - self.ignored.sum(dtype=accumulator(x))
+        if self.weight is None: return mean_over(rows, rows)
+        w = of_class(self.weight, self.target)
+        return mean_over((w if self.ignored is None else w.masked_fill(self.ignored, 0)).sum(), rows)
 
 def of_class(v: Tensor, index: Tensor) -> Tensor:
     "`v[index]`, which would look at the value of a scalar index."
@@ -77,9 +134,11 @@ def along(v: Tensor, axis: int, ndim: int) -> Tensor:
     return v.view([-1 if d == axis else 1 for d in range(ndim)])
 
 def one_hot(index: Tensor, num_classes: int, axis: int, dtype: torch.dtype) -> Tensor:
-    "Class indices as 0/1 vectors along a new `axis`. By comparison: no scatter, so it fuses, vmaps and has a meta."
+    "Class indices as 0/1 vectors along a new `axis`. By comparison, which fuses, vmaps and has a meta, where a scatter doesn't."
     classes = torch.arange(num_classes, device=index.device)
     return (index.unsqueeze(axis) == along(classes, axis, index.dim() + 1)).to(dtype)
+
+# --- the sigmoid head -------------------------------------------------------------------------------------------------
 
 def label_axis(ndim: int, axis: int | None = None):
     """The axis of the labels in logits of a sigmoid loss with `ndim` dimensions; None where all logits are of one label.
@@ -90,10 +149,26 @@ def label_axis(ndim: int, axis: int | None = None):
     if not -ndim <= axis < ndim: raise IndexError(f"axis {axis} is out of range for labels of {ndim} dimensions")
     return axis % ndim
 
-def sigmoid_q(y, eps, prior=None):
-    "q for 0/1 or soft labels `y`; `prior` broadcasts to them."
-    return soften(y, 2 * eps, .5 if prior is None else prior)
+def eps_pair(eps, prior=None):
+    "e0 and e1, the smoothing of negatives and of positives: both `eps`, or with a `prior` 2 * eps shared out as it says."
+    return (eps, eps) if prior is None else (2 * eps * prior, 2 * eps * (1 - prior))
 
-def sigmoid_q_of(y: Tensor, eps: float, dtype: torch.dtype):
-    "`sigmoid_q` of labels of any dtype, in one op for integers: (1 - 2e) y + e."
-    return torch.add(torch.scalar_tensor(eps, dtype=dtype, device=y.device), y.to(dtype) if y.is_floating_point() else y, alpha=1 - 2 * eps)
+def smooth_labels(y, e0, e1):
+    "q of 0/1 or soft labels `y` of floating point; e0 and e1 are numbers, or broadcast to them. Triton compiles this, too."
+    return e0 + (1 - (e0 + e1)) * y
+
+class SigmoidTarget(NamedTuple):
+    "What the sigmoid loss is computed against: all but the logits. Tensors are expanded to the shape of the logits."
+    target: Tensor
+    e0: float | Tensor
+    e1: float | Tensor
+    weight: Tensor | None = None
+    pos_weight: Tensor | None = None
+
+    def tensors(self):
+        "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
+        return [v for v in self if isinstance(v, Tensor)]
+
+    def chunk(self, chunk) -> SigmoidTarget:
+        "The target of this chunk of the logits."
+        return self if chunk is ... else SigmoidTarget(*(v[chunk] if isinstance(v, Tensor) else v for v in self))

@@ -5,6 +5,7 @@ import re, subprocess, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -43,13 +44,26 @@ class Launch(NamedTuple):
 @contextmanager
 def recorded():
     "The launches that are asked for inside, none of which is made."
-    launches, run = [], JITFunction.run
+    launches = []
     def record(self, *args, grid, warmup, **kwargs):
         options = {k: kwargs.pop(k) for k in ('num_warps', 'num_ctas', 'num_stages') if k in kwargs}
         launches.append(Launch(self, dict(zip(self.arg_names, args)) | kwargs, options))
-    JITFunction.run = record
-    try: yield launches
-    finally: JITFunction.run = run
+    with patch.object(JITFunction, 'run', record): yield launches
+
+
+class NoGPU:
+    "What a launch asks of Triton's driver before the code is loaded."
+    def get_current_device(self): return -1   # whose kernels no GPU shares
+    def get_current_stream(self, device=0): return 0
+    def get_current_target(self): return GPUTarget('cuda', 90, 32)
+
+
+@contextmanager
+def compiled_only():
+    "Launches do all that they do on a GPU but load and run: arguments are bound, and what was compiled before is looked up and checked."
+    compiled, run = [], JITFunction.run
+    def compile_only(self, *args, grid, warmup, **kwargs): compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+    with patch.object(triton.runtime.driver, '_active', NoGPU()), patch.object(JITFunction, 'run', compile_only): yield compiled
 
 
 class Code(NamedTuple):

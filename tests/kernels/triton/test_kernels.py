@@ -1,32 +1,34 @@
 """What the tests of the torch implementation do not reach in the Triton one: its custom ops, its ways to cut up the work, and what
-it leaves to torch. In the interpreter's process (test_triton.py), or on a GPU."""
+it leaves to torch. In the interpreter's process (test_interpreted.py), or on a GPU."""
 from itertools import product
 import sys
 
 import pytest, torch
 import torch.nn.functional as F
 
-pytest.importorskip('triton', minversion='3.6')
-from fastai_smooth.kernels import fused, fused_sigmoid, fused_softmax, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
-from fastai_smooth.kernels.formula import Job
-from fastai_smooth.kernels.fused_softmax import Tile
-from fastai_smooth.kernels.sigmoid import Labels
-from fastai_smooth.kernels.targets import Smoothing
+triton = pytest.importorskip('triton', minversion='3.6')
+import triton.language as tl
+from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
+from fastai_smooth.kernels.targets import SigmoidTarget, Smoothing, SoftmaxTarget
+from fastai_smooth.kernels import targets
+from fastai_smooth.kernels.triton import launch, sigmoid, softmax, softmax_kernels
+from fastai_smooth.kernels.triton.softmax import Tile
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference, softmax_reference
 
-TABLE = sys.modules['on_triton'].tile_for if 'on_triton' in sys.modules else fused_softmax.tile_for
-DEVICE = 'cpu' if fused.INTERPRETED else 'cuda'
-pytestmark = pytest.mark.skipif(not fused.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter, or a GPU")
+ON_TRITON = sys.modules.get('kernels.triton.on_triton')
+TABLE = ON_TRITON.tile_for if ON_TRITON else softmax.tile_for
+DEVICE = 'cpu' if launch.INTERPRETED else 'cuda'
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED and not torch.cuda.is_available(), reason="needs Triton's interpreter, or a GPU")
 
 
 @pytest.fixture
 def cut(monkeypatch):
     "cuts the work otherwise than the table does, and makes the gradient early or late"
-    if 'on_triton' in sys.modules: monkeypatch.setattr(sys.modules['on_triton'], 'take_turn', lambda *_: None)
-    monkeypatch.setattr(fused_softmax, 'tile_for', TABLE)
+    if ON_TRITON: monkeypatch.setattr(ON_TRITON, 'take_turn', lambda *_: None)
+    monkeypatch.setattr(softmax, 'tile_for', TABLE)
     def cut(tile=None, early=False):
-        if tile: monkeypatch.setattr(fused_softmax, 'tile_for', lambda *_: tile)
-        monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
+        if tile: monkeypatch.setattr(softmax, 'tile_for', lambda *_: tile)
+        monkeypatch.setattr(launch, 'EARLY_MB', 0 if early else 10**6)
     return cut
 
 
@@ -37,7 +39,7 @@ def inputs(n=6, k=10, dtype=torch.float64):
 def launched(monkeypatch):
     "notes what is computed by a kernel"
     seen = []
-    for module in (fused_softmax, fused_sigmoid):
+    for module in (softmax, sigmoid):
         for name in ('forward', 'backward'):
             original = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, name=name, original=original, **k: (seen.append(name), original(*a, **k))[1])
@@ -50,6 +52,35 @@ def same_as_reference(x, y, eps=.2, tolerance=1e-10, **options):
     cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     expected = softmax_reference(x.cpu(), y.cpu(), eps, grad_output=scale, **cpu)
     assert max(distance(a.cpu(), e) for a, e in zip(actual, expected)) < tolerance
+
+
+# ---------------------------------------------------------------- the formula of the target
+
+@triton.jit
+def coefficients_kernel(args, out, n, PRIOR: tl.constexpr, OTHERS: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    mass = None
+    if PRIOR: mass = tl.load(args + 4 * n + i, mask=i < n)
+    res = softmax_kernels.coefficients(tl.load(args + i, mask=i < n), tl.load(args + n + i, mask=i < n), tl.load(args + 2 * n + i, mask=i < n),
+                                       tl.load(args + 3 * n + i, mask=i < n), mass, OTHERS)
+    tl.store(out + i, res.own, mask=i < n)
+    tl.store(out + n + i, res.each, mask=i < n)
+    tl.store(out + 2 * n + i, res.own_masked, mask=i < n)
+    if PRIOR: tl.store(out + 3 * n + i, tl.where(res.uniform, 1., 0.), mask=i < n)
+
+
+@pytest.mark.parametrize('others', [False, True])
+@pytest.mark.parametrize('prior', [False, True])
+def test_coefficients_of_the_target(prior, others):
+    "by Triton as by torch and by Python's numbers"
+    rows = [(eps, left, positives, present, mass) for eps, left, positives, present, mass in
+            product((0., .1, 1.), range(4), range(3), range(3), (0., .3, 1.) if prior else (0.,)) if present <= min(left, positives)]
+    args = torch.tensor(rows, dtype=torch.float64, device=DEVICE).T.contiguous()
+    n, out = len(rows), args.new_zeros(4, len(rows))
+    coefficients_kernel[(1,)](args, out, n, PRIOR=prior, OTHERS=others, BLOCK=triton.next_power_of_2(n))
+    one_by_one = [targets.coefficients(*row[:4], row[4] if prior else None, others) for row in rows]
+    for expected in (targets.coefficients(*args[:4], args[4] if prior else None, others), targets.Coefficients(*zip(*one_by_one))):
+        for actual, e in zip(out, expected): assert torch.allclose(actual, torch.as_tensor(e, dtype=torch.float64, device=DEVICE), rtol=1e-15, atol=0)
 
 
 # ---------------------------------------------------------------- several blocks a row, several programs
@@ -101,13 +132,13 @@ def test_ticket_is_zero_again(tile, cut):
     for _ in range(3):
         x, y = inputs(50)
         same_as_reference(x, y)
-        assert all(t.item() == 0 for t in fused._tickets.values()) and fused._tickets
+        assert all(t.item() == 0 for t in launch._tickets.values()) and launch._tickets
 
 
 def test_more_tiles_than_programs(cut, monkeypatch):
     cut(Tile(2, 16, 1))
-    monkeypatch.setattr(fused, 'MAX_PROGRAMS', 3)
-    monkeypatch.setattr(fused_sigmoid, 'BLOCK', 16)
+    monkeypatch.setattr(launch, 'MAX_GRID', 3)
+    monkeypatch.setattr(sigmoid, 'BLOCK', 16)
     x, y = inputs(23)
     for reduction in REDUCTIONS: same_as_reference(x, y, reduction=reduction)
     hot = (torch.rand(23, 10, device=DEVICE) < .4)
@@ -120,7 +151,7 @@ def test_more_tiles_than_programs(cut, monkeypatch):
 def test_an_early_gradient_is_kept_or_made_anew(tile, cut, monkeypatch):
     "kept, untouched, where grad_output is 1; else rounded once, with that in"
     cut(tile, early=True)
-    monkeypatch.setattr(fused_sigmoid, 'BLOCK', 16)
+    monkeypatch.setattr(sigmoid, 'BLOCK', 16)
     x, y = inputs(6, 10, torch.bfloat16)
     x.requires_grad_()
     for f, target in ((smooth_cross_entropy, y), (smooth_bce, x.detach() > 0)):
@@ -133,6 +164,23 @@ def test_an_early_gradient_is_kept_or_made_anew(tile, cut, monkeypatch):
             d = x.detach().double().requires_grad_()
             truth, = torch.autograd.grad(f(d, target, .1, backend='torch'), d, torch.tensor(by, dtype=d.dtype, device=DEVICE))
             assert rounded_once(grad, truth)
+
+
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+@pytest.mark.parametrize('kinds', product(['number', 'scalar', 'classes', 'full'], repeat=2))
+def test_smoothing_of_negatives_and_of_positives(kinds, reduction, monkeypatch):
+    "e0 and e1 are numbers, or tensors of any strides"
+    monkeypatch.setattr(sigmoid, 'BLOCK', 16)
+    x, _ = inputs(7, 5)
+    def smoothing(kind, by):
+        if kind == 'number': return by
+        shape = dict(scalar=(), classes=(5,), full=(5, 7))[kind]
+        v = by * torch.rand(shape, dtype=x.dtype, device=DEVICE)
+        return v.T if kind == 'full' else v.expand(x.shape)
+    weight = torch.tensor(3., dtype=x.dtype, device=DEVICE).expand(x.shape)
+    target = SigmoidTarget((x > .3), smoothing(kinds[0], .1), smoothing(kinds[1], .4), weight)
+    actual, expected = (loss_and_grad(f, x, target, reduction) for f in (sigmoid.sigmoid_loss, sigmoid.plain_loss))
+    assert max(map(distance, actual, expected)) < 1e-10
 
 
 # ---------------------------------------------------------------- who computes
@@ -220,7 +268,7 @@ def test_labels_of_any_integer_dtype(dtype):
     x, y = inputs(6, 5)
     same_as_reference(x, y.to(dtype))
     same_as_reference(x[:, :1], y.to(dtype) * 0)
-    if dtype == torch.uint8 and fused.INTERPRETED:
+    if dtype == torch.uint8 and launch.INTERPRETED:
         with pytest.raises(IndexError, match='156'): smooth_cross_entropy(x, torch.full((6,), 156, dtype=dtype), backend='triton')
 
 
@@ -236,13 +284,13 @@ def test_opcheck_softmax(case, reduction, cut):
     if case == 'channels_last': x = x.to(memory_format=torch.channels_last)
     if case == 'soft': y = torch.rand_like(x).softmax(1)
     if case == 'hot': y = torch.rand_like(x) < .4
-    job = Job(y, case not in ('soft', 'hot'), Smoothing(v if case == 'class eps' else .1, v if case == 'prior' else None, multi_hot=case == 'hot'), 1,
+    target = SoftmaxTarget(y, case not in ('soft', 'hot'), Smoothing(v if case == 'class eps' else .1, v if case == 'prior' else None, multi_hot=case == 'hot'), 1,
               v if case == 'weight' else None)
-    args = (x.requires_grad_(), *fused_softmax.flat(job, x), reduction)
-    assert set(torch.library.opcheck(fused_softmax.softmax_forward, (*args, case == 'long rows')).values()) == {'SUCCESS'}
-    loss, *rest = fused_softmax.softmax_forward(*args, case == 'long rows')
+    args = (x.requires_grad_(), *softmax.op_args(x, target), reduction)
+    assert set(torch.library.opcheck(softmax.softmax_forward, (*args, case == 'long rows')).values()) == {'SUCCESS'}
+    loss, *rest = softmax.softmax_forward(*args, case == 'long rows')
     args = (torch.ones_like(loss), *rest, x.detach(), *args[1:])
-    assert set(torch.library.opcheck(fused_softmax.softmax_backward, args).values()) == {'SUCCESS'}
+    assert set(torch.library.opcheck(softmax.softmax_backward, args).values()) == {'SUCCESS'}
 
 
 @pytest.mark.parametrize('reduction', REDUCTIONS)
@@ -251,10 +299,10 @@ def test_opcheck_sigmoid(case, reduction):
     x = torch.randn(0 if case == 'nothing' else 6, 5, device=DEVICE)
     if case == 'transposed': x = x.T
     v = torch.rand(x.shape[-1:], device=DEVICE).expand(x.shape) if case == 'factors' else None
-    args = (x.requires_grad_(), *fused_sigmoid.flat(Labels((x > 0).to(torch.uint8), .05, v, v, v), x), reduction)
-    assert set(torch.library.opcheck(fused_sigmoid.sigmoid_forward, args).values()) == {'SUCCESS'}
-    args = (torch.ones_like(fused_sigmoid.sigmoid_forward(*args)), x.detach(), *args[1:])
-    assert set(torch.library.opcheck(fused_sigmoid.sigmoid_backward, args).values()) == {'SUCCESS'}
+    args = (x.requires_grad_(), *sigmoid.op_args(x, SigmoidTarget((x > 0).to(torch.uint8), .05 if v is None else v, .05, v, v)), reduction)
+    assert set(torch.library.opcheck(sigmoid.sigmoid_forward, args).values()) == {'SUCCESS'}
+    args = (torch.ones_like(sigmoid.sigmoid_forward(*args)), x.detach(), *args[1:])
+    assert set(torch.library.opcheck(sigmoid.sigmoid_backward, args).values()) == {'SUCCESS'}
 
 
 @pytest.mark.parametrize('head,backend', product(['softmax', 'sigmoid'], ['eager', 'aot_eager', 'inductor']))
@@ -299,18 +347,18 @@ def test_compiled_for_any_eps(head):
 
 def test_ops_leave_no_ticket_behind(monkeypatch):
     "what an op allocates may lie in the memory of a CUDA graph"
-    monkeypatch.setattr(fused, '_tickets', {})
+    monkeypatch.setattr(launch, '_tickets', {})
     x, y = inputs(6, 10, torch.float32)
     torch._dynamo.reset()
     torch.compile(lambda x, y: smooth_cross_entropy(x, y, backend='triton'), fullgraph=True, backend='eager')(x, y)
     torch.compile(lambda x, y: smooth_bce(x, x > 0, backend='triton'), fullgraph=True, backend='eager')(x, y)
-    assert not fused._tickets
+    assert not launch._tickets
 
 
 def test_out_of_bounds_is_noticed():
     "by the interpreter as on_triton.py sets it up: the other tests rely on it"
     import os
-    if os.environ.get('SMOOTH_TEST_BACKEND') != 'triton' or not fused.INTERPRETED: pytest.skip('only in the process of test_triton.py')
-    y, inverse, sums, ticket = torch.zeros(8, dtype=torch.long), torch.zeros(()), torch.zeros(3), torch.zeros((), dtype=torch.int32)
+    if os.environ.get('SMOOTH_TEST_BACKEND') != 'triton' or not launch.INTERPRETED: pytest.skip('only in the process of test_interpreted.py')
+    y, denominator, partials, ticket = torch.zeros(8, dtype=torch.long), torch.zeros(()), torch.zeros(3), torch.zeros((), dtype=torch.int32)
     with pytest.raises(Exception, match='out of bounds'):
-        fused_softmax.count_kernel[(1,)](y[:4], None, inverse, sums, ticket, 8, 1, -100, C=3, BLOCK=16, ACC=fused.TYPES[torch.float32])
+        softmax.denominator_kernel[(1,)](y[:4], None, denominator, partials, ticket, 8, 1, -100, C=3, BLOCK=16, ACC=launch.TYPES[torch.float32])

@@ -1,12 +1,13 @@
 "What q is, convention by convention: numbers worked by hand, then random ones against the float64 reference."
+from itertools import product
 import math
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from fastai_smooth.kernels import smooth_cross_entropy, smooth_targets
-from fastai_smooth.kernels.targets import label_axis
-from reference import distance, smoothed_targets
+from fastai_smooth.kernels.targets import SigmoidTarget, Smoothing, SoftmaxTarget, coefficients, eps_pair, label_axis, mean_over, smooth_labels
+from reference import distance, smoothed_row, smoothed_targets
 
 PRIOR4 = torch.tensor([.1, .2, .3, .4])
 OPTIONS = 'all', 'others', 'prior', 'matrix', 'per-class', 'multi_hot', 'multi_hot others', 'soft'
@@ -284,3 +285,113 @@ def test_label_axis():
     assert label_axis(3, -1) == label_axis(3, 2) == 2 and label_axis(4, -1) == 3 and label_axis(1, 0) == 0
     for axis in (2, -3):
         with pytest.raises(IndexError, match=f'axis {axis} '): label_axis(2, axis)
+
+
+def test_one_eps_a_class_may_be_1():
+    "and 0: both ends of the range are in it"
+    q = smooth_targets(torch.tensor([0, 1]), 2, torch.tensor([1., 0.]))
+    assert q.tolist() == [[.5, .5], [0, 1]]
+
+
+# ---------------------------------------------------------------- coefficients: the one formula of q
+
+EPS = 0., 1e-8, .1, .5, 1.
+
+
+def rows_of_classes(K):
+    "(the positives, the classes that are not masked, the prior) of a row, as lists: all of them for so few classes"
+    for hot, unmasked in product(product([0, 1], repeat=K), product([False, True], repeat=K)):
+        if not any(unmasked): continue
+        yield hot, unmasked, None
+        if sum(hot) == 1: yield hot, unmasked, [(k + 1.) / sum(range(1, K + 1)) for k in range(K)]
+
+
+def coefficients_of(hot, unmasked, prior, eps, others, kind=float):
+    "What they are called with for this row."
+    present, left = sum(h and m for h, m in zip(hot, unmasked)), sum(unmasked)
+    mass = None if prior is None else sum(p for p, m in zip(prior, unmasked) if m)
+    return coefficients(kind(eps), kind(left), kind(sum(hot)), kind(present), None if mass is None else kind(mass), others)
+
+
+@pytest.mark.parametrize('others', [False, True])
+@pytest.mark.parametrize('K', [1, 2, 3, 4])
+def test_coefficients(K, others):
+    "own * y + each * u is the q of the reference, with any positives, any classes masked, and any prior"
+    for eps, (hot, unmasked, prior) in product(EPS, rows_of_classes(K)):
+        if others and prior: continue
+        own, each, own_masked, uniform = coefficients_of(hot, unmasked, prior, eps, others)
+        assert prior or uniform is False
+        q = [own * h + each * (1 if prior is None or uniform else p) if m else own_masked * h for h, m, p in zip(hot, unmasked, prior or hot)]
+        if K > 1 or not sum(hot): expected = smoothed_row(list(map(float, hot)), K, eps, None if prior is None else torch.tensor(prior).double(), 'others' if others else 'all',
+                                                          prior is None, unmasked)
+        else: expected = [1.]
+        if 0 < sum(hot) == K > 1 and not all(unmasked): continue  # all of them positive, some of those masked: the loss is inf
+        assert q == pytest.approx(expected, abs=1e-6 if prior else 1e-12), (hot, unmasked, prior, eps)
+
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float64, 1e-15), (torch.float32, 3e-7)])
+def test_coefficients_of_tensors(dtype, tolerance):
+    "numbers, scalars and a value a row give the same: one formula serves them all"
+    for others in (False, True):
+        cases = [(eps, *row) for eps in EPS for row in rows_of_classes(3) if not (others and row[2])]
+        for prior in (False, True):
+            some = [c for c in cases if bool(c[3]) == prior]
+            if not some: continue
+            expected = [coefficients_of(*c[1:], c[0], others) for c in some]
+            for case, numbers in zip(some, expected):
+                scalars = coefficients_of(*case[1:], case[0], others, lambda v: torch.tensor(v, dtype=dtype))
+                assert all(isinstance(v, torch.Tensor) and v.dtype == dtype for v in scalars[:3])
+                assert [float(v) for v in scalars[:3]] == pytest.approx([float(v) for v in numbers[:3]], abs=tolerance)
+            column = lambda f: torch.tensor([float(f(c)) for c in some], dtype=dtype)
+            mass = column(lambda c: sum(p for p, m in zip(c[3], c[2]) if m)) if prior else None
+            rows = coefficients(column(lambda c: c[0]), column(lambda c: sum(c[2])), column(lambda c: sum(c[1])), column(lambda c: sum(h and m for h, m in zip(c[1], c[2]))), mass, others)
+            for name in ('own', 'each', 'own_masked'):
+                assert getattr(rows, name).tolist() == pytest.approx([float(getattr(e, name)) for e in expected], abs=tolerance), name
+            if prior: assert rows.uniform.tolist() == [bool(e.uniform) for e in expected]
+
+
+def test_coefficients_at_the_ends():
+    "no positive: uniform; all positive, one class: nothing is moved; the prior's mass all masked: uniform over what is left"
+    assert coefficients(.1, 4, 0, 0)[:3] == (0, .25, 0) and coefficients(.1, 4, 0, 0, others=True)[:3] == (0, .25, 0)
+    assert coefficients(.4, 4, 4, 4, others=True)[:3] == (.25, 0, .25)
+    assert coefficients(.4, 1, others=True)[:3] == (1, 0, 1) and sum(coefficients(.4, 1)[:2]) == 1
+    own, each, _, uniform = coefficients(.4, 2, mass=0.)
+    assert uniform and own == .6 and each == .2
+    own, each, _, uniform = coefficients(.4, 2, mass=.5)
+    assert not uniform and own == .6 and each == .8
+
+
+def test_mean_over():
+    "the weights of the rows; 1 where there is no row, nan where the rows weigh nothing"
+    assert mean_over(6, 6) == 6 and mean_over(0, 0) == 1
+    for weight, rows, expected in ((4.5, 3, 4.5), (0., 0, 1.), (-2., 2, -2.)):
+        assert mean_over(torch.tensor(weight), rows) == mean_over(torch.tensor(weight), torch.tensor(rows)) == expected
+    assert mean_over(torch.tensor(0.), 3).isnan() and mean_over(torch.tensor(0.), torch.tensor(3)).isnan()
+
+
+def test_what_a_mean_is_over():
+    "rows of dense targets; of class indices those that are not ignored, by the weights of their classes"
+    x, y, w, ignored = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2, 0], [1, 1, 0, 2]]), torch.tensor([1., 2., 4.]), torch.tensor([[True] + [False] * 3, [False] * 4])
+    over = lambda target, is_index=True, **kw: float(SoftmaxTarget(target, is_index, Smoothing(), 1, **kw).denominator(x))
+    assert over(y) == 8 and over(y, ignored=ignored) == 7 and over(y, weight=w) == 17 and over(y, weight=w, ignored=ignored) == 16
+    assert over(x, False, weight=w) == 8 and over(y, weight=w, ignored=torch.ones_like(ignored)) == over(y, ignored=torch.ones_like(ignored)) == 1
+    assert math.isnan(over(y, weight=torch.zeros(3)))
+
+
+def test_a_chunk_of_a_target():
+    "has what is a value a row, or a value a logit, cut alike; options stay whole"
+    index, dense, ignored = torch.arange(12).view(3, 4), torch.arange(24.).view(3, 2, 4), torch.arange(12).view(3, 4) > 5
+    chunk = slice(1, 3), slice(None), slice(0, 2)
+    w = torch.tensor([1., 2.])
+    t = SoftmaxTarget(index, True, Smoothing(), 1, w, ignored=ignored).chunk(chunk)
+    assert torch.equal(t.target, index[1:3, :2]) and torch.equal(t.ignored, ignored[1:3, :2]) and t.weight is w and t.invalid is None
+    assert torch.equal(SoftmaxTarget(dense, False, Smoothing(), 1).chunk(chunk).target, dense[1:3, :, :2])
+    s = SigmoidTarget(dense, .1, dense + 1, weight=dense + 2).chunk(chunk)
+    assert torch.equal(s.target, dense[1:3, :, :2]) and s.e0 == .1 and torch.equal(s.e1, s.target + 1) and torch.equal(s.weight, s.target + 2) and s.pos_weight is None
+    for whole in (t, s): assert whole.chunk(...) is whole
+
+
+def test_eps_pair():
+    "q = e0 + (1 - e0 - e1) y: a negative becomes e0, a positive 1 - e1; a prior shares out twice eps"
+    assert eps_pair(.1) == (.1, .1) and eps_pair(.125, .25) == (.0625, .1875)
+    assert smooth_labels(torch.tensor([0., 1., .5]), .125, .25).tolist() == [.125, .75, .4375]

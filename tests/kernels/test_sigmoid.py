@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_targets
-from fastai_smooth.losses import LabelSmoothingBCEWithLogits
+from fastai_smooth.kernels import sigmoid
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference
 
 few = settings(max_examples=int(os.environ.get('SMOOTH_TEST_SETTINGS', 60)), deadline=None, derandomize=True, database=None)
@@ -181,50 +181,85 @@ def test_gradient_of_soft_targets(weighted, reduction, eps):
     assert max(map(distance, *grads)) < 1e-10
 
 
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- the ways: few logits, a loop, and how its losses are made
 
-@pytest.mark.parametrize('eps', [-.25, .625, math.nan])
-def test_eps_out_of_range(eps):
-    with pytest.raises(ValueError, match=str(eps)): smooth_bce(torch.randn(2, 3), torch.ones(2, 3), eps)
-
-
-def test_integer_targets_shaped_like_indices():
-    "class indices: ValueError that points to the softmax loss"
-    x, y = torch.randn(2, 3), torch.tensor([0, 2])
-    image, mask = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
-    for input, target in ((x, y), (x, y.to(torch.uint8)), (image, mask)):
-        with pytest.raises(ValueError, match='smooth_cross_entropy|LabelSmoothingCrossEntropy'):
-            smooth_bce(input, target)
-
-
-def test_target_of_a_wrong_shape():
-    for y in (torch.rand(2, 4), torch.rand(3), torch.rand(2, 1)):
-        with pytest.raises(ValueError, match=r'\d'): smooth_bce(torch.randn(2, 3), y)
+class Ways:
+    "Which of the functions of the loop gave something, and which gave up (name?)"
+    def __init__(self, monkeypatch):
+        self.seen = []
+        for name in ('pytorch_loss', 'quick_losses'): monkeypatch.setattr(sigmoid, name, self.noted(name, getattr(sigmoid, name)))
+    def noted(self, name, f):
+        def call(*args):
+            res = f(*args)
+            self.seen.append(name.split('_')[0] + ('?' if res is None else ''))
+            return res
+        return call
+    def __call__(self):
+        res, self.seen = ' '.join(self.seen), []
+        return res
 
 
-@pytest.mark.parametrize('name', ['prior', 'weight', 'pos_weight'])
-def test_prior_weight_shapes(name):
-    "ValueError naming what was expected and what came"
-    for shape, axis in (((2, 3, 5, 5), None), ((2, 5, 3), -1)):
-        with pytest.raises(ValueError, match='3'): smooth_bce(torch.zeros(shape), torch.ones(shape), prior=torch.full((5,), .5), axis=axis)
-    with pytest.raises(ValueError, match=r'\(1,\) for \(2, 4, 5\) \(one label; axis= says where there are several\), got \(5,\)'):
-        smooth_bce(torch.zeros(2, 4, 5), torch.ones(2, 4, 5), prior=torch.full((5,), .5))
-    for axis in (2, -3, 7):
-        with pytest.raises(IndexError, match=f'axis {axis} is out of range'): smooth_bce(torch.zeros(2, 3), torch.ones(2, 3), axis=axis)
-    with pytest.raises(ValueError) as e: smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: torch.full((5,), .5)})
-    assert name in str(e.value) and '3' in str(e.value) and '5' in str(e.value)
+def test_which_way(monkeypatch):
+    "few logits go to PyTorch; in the loop, losses that smoothing keeps from being small are made of the sigmoid that the gradient needs"
+    ways = Ways(monkeypatch)
+    monkeypatch.setattr(sigmoid, 'FEW', 12)
+    x, y, w = torch.randn(4, 4, requires_grad=True), torch.rand(4, 4) < .5, torch.rand(4)
+    def way(rows=4, eps=.05, **options):
+        smooth_bce(x[:rows], y[:rows], eps, **options)
+        return ways()
+    enough, quick, slow = sigmoid.ENOUGH_SMOOTHING, 'pytorch? quick', 'pytorch? quick?'
+    assert way(3) == way(3, pos_weight=w) == way(3, eps=0.) == way(3, eps=.5, reduction='none') == 'pytorch'
+    assert way() == way(eps=enough) == way(reduction='none') == quick
+    assert way(eps=math.nextafter(enough, 0)) == way(eps=0.) == way(weight=w) == way(pos_weight=w) == way(prior=w) == slow
+    assert way(3, weight=w) == way(3, prior=w) == way(3, pos_weight=w[:, None][:3]) == slow and way(3, eps=torch.tensor(.05)) == quick
+    smooth_bce(x[:3].bfloat16(), y[:3])
+    assert ways() == quick
+    assert way(3, axis=-1) == 'quick'
 
 
-@pytest.mark.parametrize('name,value,came', [('prior', [.5, 1.5, .5], '1.5'), ('prior', [.5, -.25, .5], '-0.25'),
-                                             ('weight', [1., -2.5, 1.], '-2.5')])
-def test_prior_weight_values(name, value, came):
-    "are looked at where a module is built; a call does not pay for it, and weighs by what it gets, as PyTorch does"
-    with pytest.raises(ValueError) as e: LabelSmoothingBCEWithLogits(**{name: torch.tensor(value)})
-    assert name in str(e.value) and came in str(e.value)
-    x, y, value = torch.randn(4, 3).double(), (torch.rand(4, 3) < .5).double(), torch.tensor(value).double()
-    assert max(map(distance, loss_and_grad(smooth_bce, x, y, .1, **{name: value}), loss_and_grad(torch_bce, x, y, .1, **{name: value}))) < 1e-6
+@pytest.mark.parametrize('layout', ['plain', 'turned', 'bool', 'float', 'bfloat16', 'float16', 'none'])
+@pytest.mark.parametrize('eps', [0., .001, .01, .05, .5])
+@pytest.mark.parametrize('shape,few', [((1, 1), True), ((5, 3), True), ((5, 3), False), ((311, 89), False), ((977, 501), False)])
+@pytest.mark.parametrize('scale', [1, 20, 200])
+def test_every_way(shape, few, eps, layout, scale, monkeypatch):
+    "PyTorch's loss, the loop, several chunks, up to where float32 has no sigmoid left"
+    monkeypatch.setattr(sigmoid, 'FEW', 100 if few else 0)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(shape, generator=g)*scale, (torch.rand(shape, generator=g) < .3).to(torch.uint8)
+    if layout in ('bfloat16', 'float16'): x = x.to(getattr(torch, layout))
+    if layout == 'turned': x = x.T.contiguous().T
+    d = x.double().requires_grad_()
+    expected = F.binary_cross_entropy_with_logits(d, y.double()*(1-2*eps) + eps)
+    grad, = torch.autograd.grad(expected, d)
+    x.requires_grad_()
+    loss = smooth_bce(x, y.bool() if layout == 'bool' else y.float() if layout == 'float' else y, eps, reduction='none' if layout == 'none' else 'mean')
+    by = 1024. if layout == 'float16' else 1.
+    actual = torch.autograd.grad(loss.mean(), x, torch.tensor(by))[0].double() / by
+    assert abs(loss.mean().item() - expected.item()) <= 2e-6 * expected.item()
+    assert (actual - grad).norm() <= (1e-2 if layout in ('bfloat16', 'float16') else 1e-5) * grad.norm()
 
 
-@pytest.mark.parametrize('name,value', [('reduction', 'average'), ('backend', 'fpga')])
-def test_unknown_option(name, value):
-    with pytest.raises(ValueError, match=value): smooth_bce(torch.randn(2, 3), torch.ones(2, 3), **{name: value})
+@pytest.mark.parametrize('options', [('prior',), ('weight',), ('pos_weight',), ('prior', 'weight', 'pos_weight')])
+@pytest.mark.parametrize('shape', [(30, 40), (700, 500)])
+@pytest.mark.parametrize('layout', ['plain', 'turned'])
+def test_every_option_in_chunks(layout, shape, options, monkeypatch):
+    "what has a value a label is cut as the logits are"
+    monkeypatch.setattr(sigmoid, 'FEW', 0)
+    x, y, options = torch.randn(shape), (torch.rand(shape) < .3).float(), {name: torch.rand(shape[1]) for name in options}
+    if layout == 'turned': x = x.T.contiguous().T
+    for reduction in REDUCTIONS:
+        g = torch.rand(shape) if reduction == 'none' else 2.
+        expected = sigmoid_reference(x, y, .05, reduction=reduction, grad_output=g, **options)
+        assert max(map(distance, loss_and_grad(smooth_bce, x, y, .05, reduction=reduction, grad_output=g, **options), expected)) < 2e-6
+        with torch.no_grad(): assert distance(smooth_bce(x, y, .05, reduction=reduction, **options), expected[0]) < 2e-6
+
+
+@pytest.mark.parametrize('shape', [(4, 3), (300, 1000)])
+@pytest.mark.parametrize('value', [torch.inf, -torch.inf])
+@pytest.mark.parametrize('label', [0, 1])
+def test_infinite_logits(shape, value, label):
+    "inf as PyTorch has it: never a number, and never nan where PyTorch has none"
+    x, y = torch.zeros(shape), torch.zeros(shape)
+    x[-1, -1], y[-1, -1] = value, label
+    expected = F.binary_cross_entropy_with_logits(x, y*.9 + .05)
+    assert torch.equal(smooth_bce(x, y), expected) or expected.isnan()

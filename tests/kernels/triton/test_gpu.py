@@ -5,10 +5,11 @@ import pytest, torch
 import torch.nn.functional as F
 
 pytest.importorskip('triton', minversion='3.6')
-from fastai_smooth.kernels import fused, fused_softmax, smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
+from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
+from fastai_smooth.kernels.triton import launch, softmax
 from reference import distance
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or fused.INTERPRETED, reason='needs CUDA')
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or launch.INTERPRETED, reason='needs CUDA')
 RUNS = [(dict(), 'index'), (dict(weight=True), 'index'), (dict(prior=True), 'index'), (dict(spread='others'), 'index'), (dict(), 'soft'),
         (dict(multi_hot=True), 'hot'), (dict(reduction='none'), 'index'), (dict(), 'sigmoid'), (dict(pos_weight=True), 'sigmoid')]
 
@@ -38,11 +39,11 @@ def inputs(target, n=64, k=100, dtype=torch.float32):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('early', [False, True])
-@pytest.mark.parametrize('layout,entry', [(layout, i) for layout, table in fused_softmax.TILES.items() for i in range(len(table))])
+@pytest.mark.parametrize('layout,entry', [(layout, i) for layout, table in softmax.TILES.items() for i in range(len(table))])
 def test_every_entry(layout, entry, early, dtype, monkeypatch):
     "of the dispatch table, with as many classes as it takes and an odd number of them"
-    monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
-    most = fused_softmax.TILES[layout][entry][0] or (50000 if layout.startswith('classes') else 300)
+    monkeypatch.setattr(launch, 'EARLY_MB', 0 if early else 10**6)
+    most = softmax.TILES[layout][entry][0] or (50000 if layout.startswith('classes') else 300)
     for k in (most, most - 3):
         shape = (70, k) if layout.startswith('classes') else (2, k, 9, 16)
         x = (3 * torch.randn(shape, device='cuda')).to(dtype).requires_grad_()
@@ -59,7 +60,7 @@ def test_every_entry(layout, entry, early, dtype, monkeypatch):
 @pytest.mark.parametrize('options,target', RUNS)
 @pytest.mark.parametrize('early', [False, True])
 def test_no_host_sync(options, target, early, monkeypatch):
-    monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
+    monkeypatch.setattr(launch, 'EARLY_MB', 0 if early else 10**6)
     x, y = inputs(target)
     run(x, target, options, y)   # compiles
     torch.cuda.set_sync_debug_mode('error')
@@ -77,7 +78,7 @@ def test_class_index_out_of_range_is_nan():
 @pytest.mark.parametrize('early', [False, True])
 def test_deterministic(options, target, early, monkeypatch):
     "bit by bit, also where many programs add up"
-    monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
+    monkeypatch.setattr(launch, 'EARLY_MB', 0 if early else 10**6)
     x, y = inputs(target, 30000, 20)
     first = run(x, target, options, y)
     for _ in range(20): assert all(map(torch.equal, run(x, target, options, y), first))
@@ -132,7 +133,7 @@ def test_several_streams():
 @pytest.mark.parametrize('early', [False, True])
 def test_memory(early, monkeypatch):
     "the gradient and nothing else of the logits' size; none without grad"
-    monkeypatch.setattr(fused, 'EARLY_MB', 0 if early else 10**6)
+    monkeypatch.setattr(launch, 'EARLY_MB', 0 if early else 10**6)
     x, y = inputs('index', 2048, 8192)
     def peak(f):
         f()

@@ -9,45 +9,48 @@ from functools import wraps
 import numpy as np, pytest, torch, triton
 
 from fastai_smooth import kernels
-from fastai_smooth.kernels import functional, fused, fused_sigmoid, fused_softmax
-from fastai_smooth.kernels.backward import tracing
-from fastai_smooth.kernels.formula import Job
-from fastai_smooth.kernels.fused_softmax import Tile
+from fastai_smooth.kernels import functional
+from fastai_smooth.kernels.autograd import tracing
+from fastai_smooth.kernels.targets import SoftmaxTarget
+from fastai_smooth.kernels.triton import launch, sigmoid, softmax
+from fastai_smooth.kernels.triton.softmax import Tile
 
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 5000))
-CUDA, GPU = torch.cuda.is_available() and not fused.INTERPRETED, 'cuda'
-counts = dict(fused=0, torch=0)
-tile_for = fused_softmax.tile_for
+CUDA, GPU = torch.cuda.is_available() and not launch.INTERPRETED, 'cuda'
+counts = dict(triton=0, torch=0)
+tile_for = softmax.tile_for
 turns = itertools.cycle(itertools.product((0, 10**6), (1, 2), (1, 2)))   # EARLY_MB, blocks a row, programs
 
 
-def fused_for(backend, x, original=functional.fused_for):
+def select_backend(backend, x, original=functional.select_backend):
     return original('triton' if backend == 'auto' and (x.is_cuda or not CUDA) else backend, x)
 
 
 def cut(n, parts): return 1 << max(0, -(-n // parts) - 1).bit_length()
 
 
-def take_turn(x, job):
+def take_turn(x, target):
     """Cuts the work so that there are some programs, and blocks a row: few, since the interpreter takes milliseconds for each.
     On a GPU every other turn goes by the table."""
-    fused.EARLY_MB, blocks, programs = next(turns)
-    if not isinstance(job, Job): fused_sigmoid.BLOCK = max(16, min(cut(x.numel(), programs), 2**20)) if fused.INTERPRETED else 4096; return
-    k = x.shape[job.axis]
-    table, rows = tile_for(k, x.stride(job.axis)), cut(x.numel() // k, programs)
+    launch.EARLY_MB, blocks, programs = next(turns)
+    if not isinstance(target, SoftmaxTarget):
+        sigmoid.BLOCK = max(16, min(cut(x.numel(), programs), 2**20)) if launch.INTERPRETED else 4096
+        return
+    k = x.shape[target.axis]
+    table, rows = tile_for(k, x.stride(target.axis)), cut(x.numel() // k, programs)
     block = table.block if blocks == 1 else cut(k, blocks)
-    tile = Tile(min(rows, (2**20 if fused.INTERPRETED else 4096) // block), block, 4)
-    fused_softmax.tile_for = lambda *_: table if CUDA and blocks == 1 else tile
+    tile = Tile(min(rows, (2**20 if launch.INTERPRETED else 4096) // block), block, 4)
+    softmax.tile_for = lambda *_: table if CUDA and blocks == 1 else tile
 
 
 def counted(module, name, kind):
     original = getattr(module, name)
-    def f(x, job, *args):
-        if torch.compiler.is_compiling(): fused_softmax.tile_for = tile_for
+    def f(x, target, *args):
+        if torch.compiler.is_compiling(): softmax.tile_for = tile_for
         elif x.numel():
             counts[kind] += 1
-            if kind == 'fused': take_turn(x, job)
-        return original(x, job, *args)
+            if kind == 'triton': take_turn(x, target)
+        return original(x, target, *args)
     setattr(module, name, f)
 
 
@@ -77,11 +80,12 @@ def on_gpu(f):
     return run
 
 
-functional.fused_for = fused_for
+functional.select_backend = select_backend
+for module in (functional.softmax, functional.sigmoid): module.pytorch_loss = lambda *args: None   # the short way of 'auto', which is not to be taken
 counted(functional.softmax, 'softmax_loss', 'torch')
 counted(functional.sigmoid, 'sigmoid_loss', 'torch')
-counted(fused_softmax, 'softmax_loss', 'fused')
-counted(fused_sigmoid, 'sigmoid_loss', 'fused')
+counted(softmax, 'softmax_loss', 'triton')
+counted(sigmoid, 'sigmoid_loss', 'triton')
 if CUDA:
     for name in ('smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits'):
         setattr(kernels, name, on_gpu(getattr(kernels, name)))
@@ -99,7 +103,7 @@ class Patched:
         while self.scopes: self.scopes.popitem()[1].restore()   # the last first
 
 
-if fused.INTERPRETED:
+if launch.INTERPRETED:
     from triton.runtime import interpreter
     interpreter._patch_lang = Patched(interpreter._patch_lang)
 
@@ -129,17 +133,15 @@ class InBounds:
         return access
 
 
-if fused.INTERPRETED: InBounds()
+if launch.INTERPRETED: InBounds()
 
 # test -> why it says nothing about the Triton implementation
-HOST_MEMORY = 'measures what the host allocates: the benchmark measures a GPU'
-LEFT_OUT = dict(test_backend_torch='of the torch implementation', test_half_precision_gradient_kept_in_float32='of the torch implementation',
-                test_changed_in_place_few_logits='the torch implementation keeps other things',
-                test_what_is_set_on_a_flat_loss_takes_effect='two turns of the kernel differ in the last digit',
-                test_fake_and_meta='no kernel can run', test_no_grad_memory=HOST_MEMORY, test_forward_memory=HOST_MEMORY,
-                test_sigmoid_no_grad_memory=HOST_MEMORY, test_layout_no_transpose_copy=HOST_MEMORY)
+TORCH = 'of the torch implementation'
+LEFT_OUT = dict(test_what_is_set_on_a_flat_loss_takes_effect='two turns of the kernel differ in the last digit', test_fake_and_meta='no kernel can run') | dict.fromkeys(
+    ('test_backend_torch', 'test_half_precision_gradient_kept_in_float32', 'test_a_gradient_is_made_once', 'test_calls_are_few', 'test_what_few_need_is_imported_when_used',
+     'test_which_way', 'test_which_way_without_a_gradient', 'test_what_goes_to_pytorch'), TORCH)
 
-if CUDA:   # where values are not looked at, and errors are nan (test_triton_gpu.py has that)
+if CUDA:   # where values are not looked at, and errors are nan (test_gpu.py has that)
     LEFT_OUT |= dict.fromkeys(('test_class_index_out_of_range', 'test_class_index_out_of_range_is_not_ignored', 'test_prior_weight_values',
         'test_per_class_eps_out_of_range', 'test_weights_past_the_flip_warn', 'test_changed_in_place_before_backward'), 'of the CPU')
     if importlib.util.find_spec('fastai') is None: LEFT_OUT['test_tensor_base'] = 'fastai is not installed'
@@ -151,4 +153,4 @@ def leave_out(items):
         if why: item.add_marker(pytest.mark.skip(reason=why))
 
 
-def report(): return f"losses computed by Triton: {counts['fused']}, by torch: {counts['torch']}"
+def report(): return f"losses computed by Triton: {counts['triton']}, by torch: {counts['torch']}"

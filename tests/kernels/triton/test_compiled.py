@@ -1,68 +1,48 @@
-"""The Triton kernels where there is no GPU: run by Triton's interpreter, and compiled for GPUs that are elsewhere.
+"""The Triton kernels compiled for GPUs that are elsewhere, and how they are launched: nothing runs here.
 
-The interpreter has to be asked for before Triton is imported, so the torch implementation's tests run again in processes of
-their own (on_triton.py). In this process kernels are compiled, but never launched."""
+To record what compiles with the Triton that is installed: `python -m kernels.triton.test_compiled`, in tests/."""
 from itertools import product
-import json, os, re, subprocess, sys
+import json, sys
 from pathlib import Path
 
 import pytest, torch
 
 triton = pytest.importorskip('triton', minversion='3.6')
-from fastai_smooth.kernels import fused, fused_sigmoid, fused_softmax, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
-from fastai_smooth.kernels.formula import Job
-from fastai_smooth.kernels.sigmoid import Labels
-from fastai_smooth.kernels.targets import Smoothing
-from offline import code, recorded
+from fastai_smooth.kernels.targets import SigmoidTarget, Smoothing, SoftmaxTarget
+from fastai_smooth.kernels.triton import launch, sigmoid, softmax
+from .offline import code, compiled_only, recorded
 
-HERE = Path(__file__).parent
+RECORD = Path(__file__).with_name('compiled.json')
 needs_ptxas = pytest.mark.skipif(sys.platform != 'linux', reason='Triton compiles on Linux')
-
-
-# ---------------------------------------------------------------- the torch implementation's tests, interpreted
-
-PARITY = 'test_torch_features.py test_triton_kernels.py', 'test_parity.py', 'test_softmax.py', 'test_sigmoid.py', 'test_paths.py', 'test_losses.py'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('files', PARITY)
-def test_parity_suite_interpreted(files):
-    "every test of the torch implementation that says something about a kernel, on the Triton one; hardly anything falls back"
-    env = os.environ | dict(TRITON_INTERPRET='1', SMOOTH_TEST_BACKEND='triton', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
-    ended = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-W', 'ignore::RuntimeWarning', *files.split()], cwd=HERE, env=env,
-                           capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
-    by_triton, by_torch = map(int, re.search(r'losses computed by Triton: (\d+), by torch: (\d+)', ended.stdout).groups())
-    assert by_triton > 300 and by_torch < .15 * by_triton, ended.stdout[-500:]
 
 
 # ---------------------------------------------------------------- compiled for GPUs that are not here
 
-RECORD = HERE/'compiled.json'
 VERSION = '.'.join(triton.__version__.split('.')[:2])
 WIDE = {'classes next to each other': 128256, 'rows next to each other': 300}   # for the last entries, which have no most
 
 
-def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1, reduction='mean', weight=None, ignore_index=-100, index=torch.int64, **smoothing):
+def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1, reduction='mean', weight=None, ignore_index=-100, index=torch.int64,
+                     record=recorded, **smoothing):
     "The launches of a loss and its backward; `early`: as of so many logits that the gradient is made in the forward"
     x, rows = torch.zeros(shape, dtype=dtype), shape[:1] + shape[2:]
     dense = soft or smoothing.get('multi_hot')
     y = torch.zeros(shape, dtype=torch.uint8 if smoothing.get('multi_hot') else dtype) if dense else torch.zeros(rows, dtype=index)
-    job = Job(y, not dense, Smoothing(eps, **smoothing), 1, weight, ignore_index)
-    with recorded() as launches:
+    target = SoftmaxTarget(y, not dense, Smoothing(eps, **smoothing), 1, weight, ignore_index)
+    with record() as launches:
         grad = torch.empty_like(x) if early else None
-        loss, inverse, stats = fused_softmax.forward(x, job, reduction, grad, keep=fused_softmax.long(x, 1))
-        fused_softmax.backward(torch.ones_like(loss), x, job, reduction, inverse, stats, grad)
+        loss, *kept = softmax.forward(x, target, reduction, grad, keep_stats=softmax.spans_blocks(x, 1))
+        softmax.backward(torch.ones_like(loss), x, target, reduction, *kept, grad)
     return launches
 
 
-def sigmoid_launches(shape, dtype=torch.float32, target=torch.uint8, reduction='mean', early=True, **factors):
-    x = torch.zeros(shape, dtype=dtype)
-    labels = Labels(x.to(target), .05, **{k: v.expand(shape) for k, v in factors.items()})
-    with recorded() as launches:
+def sigmoid_launches(shape, dtype=torch.float32, target=torch.uint8, reduction='mean', early=True, e0=.05, e1=.05, record=recorded, **factors):
+    x, expand = torch.zeros(shape, dtype=dtype), lambda v: v.expand(shape) if isinstance(v, torch.Tensor) else v
+    target = SigmoidTarget(x.to(target), expand(e0), expand(e1), **{k: expand(v) for k, v in factors.items()})
+    with record() as launches:
         grad = torch.empty_like(x) if early else None
-        loss = fused_sigmoid.forward(x, labels, reduction, grad)
-        fused_sigmoid.backward(torch.ones_like(loss), x, labels, reduction, grad)
+        loss, = sigmoid.forward(x, target, reduction, grad)
+        sigmoid.backward(torch.ones_like(loss), x, target, reduction, grad)
     return launches
 
 
@@ -71,7 +51,7 @@ def forwards(launches): return launches[:-1]
 
 def entries():
     "name -> compute capability, launches: each entry of the table, with the gradient early and late, in two dtypes, and for two GPUs"
-    for layout, table in fused_softmax.TILES.items():
+    for layout, table in softmax.TILES.items():
         for most, _ in table:
             for k in dict.fromkeys((most or WIDE[layout], (most or WIDE[layout]) - 3)):   # and an odd number of classes
                 shape = (4, k) if layout.startswith('classes') else (2, k, 32, 32)
@@ -94,7 +74,7 @@ def entries():
     yield 'sigmoid, float16, sm_90', 90, sigmoid_launches((64, 1000), torch.float16, early=False)
     yield 'sigmoid, each, sm_90', 90, sigmoid_launches((64, 1000), reduction='none', early=False)
     w = torch.ones(1000)
-    yield 'sigmoid, factors, sm_90', 90, forwards(sigmoid_launches((64, 1000), prior=w, weight=w, pos_weight=w))
+    yield 'sigmoid, factors, sm_90', 90, forwards(sigmoid_launches((64, 1000), e0=w, e1=w, weight=w, pos_weight=w))
     yield 'sigmoid, sm_80', 80, forwards(sigmoid_launches((64, 1000)))
     yield 'sigmoid, after, sm_90', 90, sigmoid_launches((64, 1000))[-1:]
 
@@ -109,13 +89,13 @@ def compiled(capability, launches):
 
 
 RECORDED = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-ENTRIES = {name: (capability, launches) for name, capability, launches in entries()} if not fused.INTERPRETED else {}
+ENTRIES = {name: (capability, launches) for name, capability, launches in entries()} if not launch.INTERPRETED else {}
 
 
 @needs_ptxas
 @pytest.mark.parametrize('name', ENTRIES)
 def test_compiles_without_a_gpu(name):
-    "every entry of the dispatch table: no spill, and no 128-bit access less, than recorded (python tests/test_triton.py records)"
+    "every entry of the dispatch table: no spill, and no 128-bit access less, than recorded (RECORD)"
     now, before = compiled(*ENTRIES[name]), RECORDED.get(VERSION, {}).get(name)
     if before is None: pytest.skip(f'compiles; nothing is recorded for Triton {VERSION}')
     assert now.keys() == before.keys()
@@ -138,10 +118,10 @@ def test_launches():
     "two for few logits; for many, whose gradient is made with the loss, a look at the targets before, and after it one at the scale"
     for shape in ((64, 10), (512, 1000)): assert kernels(softmax_launches(shape)) == ['softmax_kernel'] * 2
     assert kernels(softmax_launches((4, 20000))) == ['softmax_kernel', 'gradient_kernel']
-    assert kernels(softmax_launches((512, 1000), early=True)) == ['count_kernel', 'softmax_kernel', 'softmax_kernel']
+    assert kernels(softmax_launches((512, 1000), early=True)) == ['denominator_kernel', 'softmax_kernel', 'softmax_kernel']
     assert kernels(softmax_launches((512, 1000), early=True, reduction='sum')) == ['softmax_kernel'] * 2
     assert kernels(softmax_launches((512, 1000), early=True, soft=True)) == ['softmax_kernel'] * 2
-    assert kernels(softmax_launches((4, 20000), early=True)) == ['count_kernel', 'softmax_kernel', 'gradient_kernel']
+    assert kernels(softmax_launches((4, 20000), early=True)) == ['denominator_kernel', 'softmax_kernel', 'gradient_kernel']
     for early in (True, False): assert kernels(sigmoid_launches((64, 20), early=early)) == ['sigmoid_kernel'] * 2
 
 
@@ -155,49 +135,40 @@ def test_nothing_recompiles(shape, early):
     assert {launch.key() for launch in sigmoid_launches((64, 20))} >= {launch.key() for n in (1, 3, 4096) for launch in sigmoid_launches((n, 20))}
 
 
+@needs_ptxas
+def test_launched_again():
+    "what was compiled is found, and Triton's checks of a launch pass, such as that globals have not changed"
+    for launches, kernels in ((lambda: softmax_launches((4, 20000), early=True, soft=False, record=compiled_only), 3),
+                              (lambda: softmax_launches((8, 10), soft=True, prior=torch.ones(10), record=compiled_only), 2),
+                              (lambda: sigmoid_launches((64, 20), e1=torch.ones(20), record=compiled_only), 2)):
+        first, second = launches(), launches()
+        assert len(first) == kernels and list(map(id, first)) == list(map(id, second))
+
+
 def test_work_is_bounded():
     "however many logits: so many programs at most, and the sums of their sums as long"
-    args = sigmoid_launches((fused.MAX_PROGRAMS * 4096 + 1,))[0].args
-    assert args['tiles'] == fused.MAX_PROGRAMS and args['tail'] == 1 and len(args['sums']) == 3 * fused.MAX_PROGRAMS
+    args = sigmoid_launches((launch.MAX_GRID * 4096 + 1,))[0].args
+    assert args['tiles'] == launch.MAX_GRID and args['tail'] == 1 and len(args['partials']) == 3 * launch.MAX_GRID
 
 
-# ---------------------------------------------------------------- how tensors are walked over
+# ---------------------------------------------------------------- axes
 
 @pytest.mark.parametrize('shape,strides,outer,sizes', [
     ((64,), [(10,)], 64, (1, 1)), ((8, 4, 5), [(420, 5, 1)], 8, (1, 20)),                                       # (N,C) and (N,C,H,W)
     ((8, 4, 5), [(420, 105, 21)], 160, (1, 1)), ((8, 4, 5), [(840, 10, 1)], 8, (4, 5)),                         # channels_last; cut
     ((2, 3, 4), [(12, 4, 1), (12, 4, 1)], 24, (1, 1)), ((2, 3, 4), [(12, 4, 1), (0, 0, 1)], 6, (1, 4)),         # with a vector
     ((1, 3, 1), [(3, 1, 1)], 3, (1, 1)), ((), [()], 1, (1, 1))])
-def test_walk(shape, strides, outer, sizes):
-    walk = fused.walk(shape, *strides)
-    assert (walk.outer, walk.sizes) == (outer, sizes)
-    at = [sum(i * s for i, s in zip(index, strides[0])) for index in product(*map(range, (walk.outer, *walk.sizes)))]
-    places = [sum(i * s for i, s in zip(index, walk.strides[0])) for index in product(*map(range, (walk.outer, *walk.sizes)))]
+def test_coalesce(shape, strides, outer, sizes):
+    axes = launch.coalesce(shape, *strides)
+    assert (axes.outer, axes.sizes) == (outer, sizes)
+    at = [sum(i * s for i, s in zip(index, strides[0])) for index in product(*map(range, (axes.outer, *axes.sizes)))]
+    places = [sum(i * s for i, s in zip(index, axes.strides[0])) for index in product(*map(range, (axes.outer, *axes.sizes)))]
     truth = sorted(sum(i * s for i, s in zip(index, strides[0])) for index in product(*map(range, shape)))
     assert sorted(places) == truth and len(at) == len(truth)
 
 
-def test_walk_too_many_axes():
-    assert fused.walk((2, 2, 2, 2), (81, 27, 9, 3)) is None
-
-
-# ---------------------------------------------------------------- asked for by name
-
-def test_on_a_cpu_by_name():
-    for f, y in ((smooth_cross_entropy, torch.tensor([0, 1])), (smooth_bce, torch.ones(2, 3))):
-        with pytest.raises(ValueError, match="backend='triton' is for logits on a GPU, these are on cpu"): f(torch.zeros(2, 3), y, backend='triton')
-
-
-@pytest.mark.parametrize('how', ['import', 'loss', 'module'])
-def test_without_triton(how):
-    "everything works; asked for by name, it is said what is missing"
-    use = dict(loss="smooth_cross_entropy(x, y, backend='triton')", module="__import__('fastai_smooth.losses').losses.LabelSmoothingCrossEntropyFlat(backend='triton')").get(how, 'None')
-    run = ("import sys; sys.modules['triton'] = None\nimport torch\nfrom fastai_smooth.kernels import smooth_cross_entropy\n"
-           "x, y = torch.zeros(2, 3), torch.tensor([0, 1])\nsmooth_cross_entropy(x, y)\n"
-           f"try: {use}\nexcept ImportError as e: print(e)")
-    ended = subprocess.run([sys.executable, '-W', 'ignore', '-c', run], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    if how != 'import': assert "backend='triton' needs the package triton" in ended.stdout and "backend='auto'" in ended.stdout
+def test_coalesce_too_many_axes():
+    assert launch.coalesce((2, 2, 2, 2), (81, 27, 9, 3)) is None
 
 
 if __name__ == '__main__':
