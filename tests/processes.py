@@ -5,23 +5,25 @@ import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-needs_fork = pytest.mark.skipif(not hasattr(os, 'fork') or not dist.is_available(), reason='needs fork and torch.distributed')
+needs_distributed = pytest.mark.skipif(not dist.is_available(), reason='needs torch.distributed')
 
 
-def _process(rank, n, folder, f, args):
+def _process(rank, n, folder, f, args, rng):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), ACCELERATE_USE_CPU='1', GLOO_SOCKET_IFNAME='lo')
     torch.set_num_threads(1)
+    torch.set_rng_state(rng)
     dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=n)
     torch.save(f(*args), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
 
 def in_processes(n, f, *args):
-    "What `f(*args)` gives in each of `n` processes: forked, so `f` may be any function, and what it needs is best imported before."
+    """What `f(*args)` gives in each of `n` processes, with torch's random state as it is here.
+
+    They are spawned, and import all anew: threads that torch has started for what other tests compile would be dead in a fork, and
+    waited for."""
     with tempfile.TemporaryDirectory() as folder:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')   # of forking with threads: there is nothing in them that the processes wait for
-            mp.start_processes(_process, (n, folder, f, args), nprocs=n, start_method='fork')
+        mp.start_processes(_process, (n, folder, f, args, torch.get_rng_state()), nprocs=n, start_method='spawn')
         return [torch.load(f'{folder}/{i}.pt', weights_only=False) for i in range(n)]
 
 

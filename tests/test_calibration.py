@@ -17,7 +17,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 import fastai.losses as fastai_losses
 from fastai_smooth.all import LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat
 from fastai_smooth.calibration import *
-from processes import fastai_on_cpu, in_processes, needs_fork
+from processes import fastai_on_cpu, in_processes, needs_distributed
 
 NAN = float('nan')
 MEASURES = [nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error]
@@ -1176,7 +1176,7 @@ def ranked():
     return [*learn.recorder.values[-1][2:]]
 
 
-@needs_fork
+@needs_distributed
 def test_two_processes_measure_what_one_does():
     "Exactly, with rows that do not come out even"
     pytest.importorskip('accelerate')

@@ -9,7 +9,7 @@ from helpers import *
 from fastai_smooth.all import *
 import fastai_smooth.distributed
 from fastai_smooth.kernels.checks import _warn_flip
-from processes import fastai_on_cpu, in_processes, needs_fork
+from processes import fastai_on_cpu, in_processes, needs_distributed
 from reference import distance
 
 import torch.distributed as dist
@@ -67,7 +67,7 @@ def train_all():
 def two(): return in_processes(2, train_all)
 
 
-@needs_fork
+@needs_distributed
 @pytest.mark.parametrize('name', LEARNERS)
 def test_two_processes_are_one_with_twice_the_batch(name, two):
     "weights after 20 steps; but for local means of weighted and ignored rows, which are another loss"
@@ -119,7 +119,7 @@ def printed():
     return out.getvalue(), ' '.join(str(w.message) for w in seen if 'fastai_smooth' in w.filename or w.category is UserWarning)
 
 
-@needs_fork
+@needs_distributed
 def test_rank_0_alone_prints():
     (first, warned), second = in_processes(2, printed)
     assert first.startswith('[0, ') and 'outweigh' in warned and 'keeps the temperature' in warned
@@ -139,7 +139,7 @@ def inside():
     return said
 
 
-@needs_fork
+@needs_distributed
 def test_no_temperature_and_no_eps_from_a_part_of_the_data():
     "inside distrib_ctx they came out differently in each process"
     for said in in_processes(2, inside): assert len(said) == 2 and all('inside distrib_ctx' in o for o in said)

@@ -55,9 +55,9 @@ def loss_and_grad(x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor
     scale = 1 / max(1, x.numel()) if reduction == 'mean' else 1.
     total, losses = 0., torch.empty_like(x, dtype=accumulator(x)) if reduction == 'none' else None
     for chunk in chunks(x, None, megabytes=1):
-        here = chunk_losses(part(x, chunk), target.chunk(chunk), part(grad, chunk), part(factor * scale, chunk))
-        if losses is None: total = total + here.sum()
-        else: losses[chunk] = here
+        args = part(x, chunk), target.chunk(chunk), part(grad, chunk), part(factor * scale, chunk)
+        if losses is None: total = total + chunk_losses(*args).sum()  # kept in no variable, where the next chunk would find them
+        else: losses[chunk] = chunk_losses(*args)
     return total * scale if losses is None else losses
 
 class SigmoidLoss(torch.autograd.Function):

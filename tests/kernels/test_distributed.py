@@ -3,7 +3,7 @@ import pytest, torch
 import torch.distributed as dist
 
 from fastai_smooth.kernels import global_mean, mean_denominator, smooth_cross_entropy
-from processes import in_processes, needs_fork
+from processes import in_processes, needs_distributed
 
 W = torch.tensor([.2, 1., 3., .5])
 
@@ -23,7 +23,7 @@ def global_means():
     return res
 
 
-@needs_fork
+@needs_distributed
 def test_global_mean():
     "averaged over processes, the loss and its gradient are those of the mean over all rows"
     for (x0, y0, loss0, grad0), (x1, y1, loss1, grad1) in zip(*in_processes(2, global_means)):

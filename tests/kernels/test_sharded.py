@@ -9,11 +9,11 @@ from torch import nn
 from fastai.basics import DataLoader, DataLoaders, Learner, SGD, noop   # before the processes are forked
 from fastai_smooth.kernels import smooth_cross_entropy
 from fastai_smooth.losses import LabelSmoothingCrossEntropyFlat
-from processes import in_processes, needs_fork
+from processes import in_processes, needs_distributed
 from reference import distance, loss_and_grad, softmax_reference
 
 if not hasattr(pytest.importorskip('torch.distributed.tensor'), 'DTensor'): pytest.skip('torch 2.4 has it elsewhere', allow_module_level=True)
-pytestmark = needs_fork
+pytestmark = needs_distributed
 N = 6
 
 
