@@ -129,16 +129,20 @@ def chunk_losses(x: Tensor, target: SoftmaxTarget, grad: Tensor | None, factor) 
 
 def to_grad_(p: Tensor, target: SoftmaxTarget, terms: Terms, masked: Tensor | None, factor):
     "Turns the softmax `p` into (A * p - t) * factor, and into 0 where classes are `masked` and rows are ignored."
-    axis, u, (total, own, each) = target.axis, terms.u, (None if v is None else v * factor for v in terms[:3])
-    if isinstance(total, Tensor): p.mul_(total).sub_(each * u) if isinstance(each, Tensor) else p.mul_(total).sub_(u, alpha=each)
-    else: torch.add(u * -each if isinstance(u, Tensor) else p.new_full((), -each), p, alpha=total, out=p)  # in one pass
-    if own is not None:
-        y = target.target.unsqueeze(axis)
-        p.scatter_add_(axis, y, -own if isinstance(own, Tensor) else p.new_full((), -own).expand(y.shape))
+    total, each, u = terms.total * factor, terms.each * factor, terms.u
+    if not isinstance(total, Tensor):  # A and each are numbers, the same for all rows: p * A - each * u is one pass
+        minus = u * -each if isinstance(u, Tensor) else p.new_full((), -each)
+        torch.add(minus, p, alpha=total, out=p)
+    elif isinstance(each, Tensor): p.mul_(total).sub_(each * u)
+    else: p.mul_(total).sub_(u, alpha=each)
+    if terms.own is not None:
+        y, own = target.target.unsqueeze(target.axis), terms.own * -factor
+        p.scatter_add_(target.axis, y, own if isinstance(own, Tensor) else p.new_full((), own).expand(y.shape))
     if masked is not None: p.masked_fill_(masked, 0)
     if target.ignored is not None:
-        ignored = target.ignored.unsqueeze(axis)
-        p.mul_(~ignored) if masked is None else p.masked_fill_(ignored, 0)  # a product takes less time, where there is no nan
+        ignored = target.ignored.unsqueeze(target.axis)
+        if masked is None: p.mul_(~ignored)  # all is finite here, and a product takes less time than to fill
+        else: p.masked_fill_(ignored, 0)     # of nan, too
 
 def loss_and_grad(x: Tensor, target: SoftmaxTarget, reduction: str, scale, grad: Tensor | None = None, factor=1.) -> Tensor:
     """The loss, where `scale` is 1 over what a mean is over, else 1; made in half a dozen passes over each chunk.
