@@ -6,7 +6,8 @@ Modules:
 - `fastai_smooth.kernels.sigmoid`: The sigmoid head in torch ops, with a hand-written gradient.
 - `fastai_smooth.kernels.softmax`: The softmax head in torch ops: a formula that torch can differentiate and compile, and a loop that computes it in the cache.
 - `fastai_smooth.kernels.targets`: What the smoothed target is. Both heads and all implementations take it from here.
-- `fastai_smooth.kernels.triton.sigmoid`: The sigmoid head as one Triton kernel, which reads each logit and its label as they are, and writes loss and gradient.
-- `fastai_smooth.kernels.triton.softmax_kernels`: The softmax head's kernels, which `softmax.py` launches."""
+- `fastai_smooth.kernels.triton.launch`: What the kernels of both heads share: indexing tensors of any strides, summing over all programs, and when the gradient is made.
+- `fastai_smooth.kernels.triton.rows`: What the softmax kernels do with the logits of some rows: sum them up, and make their gradient.
+- `fastai_smooth.kernels.triton.sigmoid`: The sigmoid head as one Triton kernel, which reads each logit and its label as they are, and writes loss and gradient."""
 
 __version__ = "0.0.1"

@@ -17,6 +17,7 @@ def warn(message, stacklevel=2):
 
 def check_whole(name, v, low=-2**63, high=2**63 - 1):
     "`v` as an int that is in [low, high]."
+    if type(v) is int and low <= v <= high: return v
     try: n = v if type(v) is int or isinstance(v, torch.SymInt) else operator.index(v)
     except (TypeError, RuntimeError): n = None
     if n is None or isinstance(v, bool) or not low <= n <= high:
@@ -51,6 +52,7 @@ def check_values(name, v, x=None):
 
 def check_eps(eps, top=1., num_classes=None, values=True):
     "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
+    if type(eps) is float and 0 <= eps <= top: return eps
     if isinstance(eps, Tensor):
         check_dense('eps', eps)
         if values or not eps.dim(): check_values('eps', eps)

@@ -27,10 +27,9 @@ def triton_heads():
     return triton
 
 def select_backend(backend, x):
-    """The fused kernels, where they are asked for; else None: 'auto' is the torch implementation everywhere, until a GPU has been
-    seen to pass the tests and win."""
-    if backend == 'auto' or backend == 'torch': return None
-    check_backend(backend)
+    """The fused kernels, where they are asked for; else None: 'auto' is the torch implementation everywhere, until the whole test suite
+    has run on a GPU."""
+    if backend != 'triton': return check_backend(backend)
     heads = triton_heads()
     if not (x.is_meta or heads.runs_on(x)):
         raise ValueError(f"backend='triton' is for logits on a GPU, these are on {x.device}: move them there, or take backend='auto'")
@@ -177,7 +176,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     traced = tracing(x, y)
     target = prepare(x, y, smoothing, weight, ignore_index, axis, look=x.is_cpu and not traced, checked=checked)
     others = needs_grad(y, weight, smoothing.prior, smoothing.eps)
-    if heads and not others and not has_no_storage(x, y) and heads.softmax.supports(x, target):
+    if heads and not others and not (traced and has_no_storage(x, y)) and heads.softmax.supports(x, target):
         return heads.softmax.softmax_loss(x, target, reduction)
     return softmax.softmax_loss(x, resolve_indices(target, x, traced), reduction, traced or others)
 
@@ -206,7 +205,7 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     e0, e1 = (e if isinstance(e, float) else broadcast('prior', e, x) for e in eps_pair(eps, prior))
     target = SigmoidTarget(y, e0, e1, broadcast('weight', weight, x), broadcast('pos_weight', pos_weight, x))
     traced, others = tracing(x, y), needs_grad(y, prior, weight, pos_weight)
-    if heads and not others and not has_no_storage(x, y) and heads.sigmoid.supports(x, target):
+    if heads and not others and not (traced and has_no_storage(x, y)) and heads.sigmoid.supports(x, target):
         return heads.sigmoid.sigmoid_loss(x, target, reduction)
     return sigmoid.sigmoid_loss(x, target, reduction, traced or others)
 

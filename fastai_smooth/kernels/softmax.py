@@ -175,7 +175,9 @@ class SoftmaxLoss(torch.autograd.Function):
         grad, ctx.grad = ctx.grad, None
         plain = plain_grad(x, grad_output, plain_loss, target, reduction)
         if plain is not None: return plain, None, None, None
-        if grad_output.dim(): grad_output = grad_output.unsqueeze(target.axis)
+        if grad_output.dim():
+            if target.ignored is not None: grad_output = grad_output.masked_fill(target.ignored, 0)  # 0 times inf would be nan
+            grad_output = grad_output.unsqueeze(target.axis)
         make = lambda factor, out: loss_and_grad(x, target, 'sum', scale, out, factor)
         return scaled_grad(x, grad, grad_output, make), None, None, None
 

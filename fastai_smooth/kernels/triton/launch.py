@@ -1,12 +1,16 @@
 """What the kernels of both heads share: indexing tensors of any strides, summing over all programs, and when the gradient is made.
 
-No launch waits for the GPU, looks at a value, or is compiled again for another batch size, eps or ignore_index."""
+No launch waits for the GPU, looks at a value, or is compiled again for another batch size, eps or ignore_index. (With axis=0 the batch size
+is a stride, and is compiled in.)"""
 from __future__ import annotations
 import os
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Callable, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from torch import Tensor
 from ..autograd import plain_grad
 
@@ -15,7 +19,6 @@ if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 6):
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # kernels run on CPU tensors, slowly: for tests
 EARLY_MB = 25    # of logits, from where on the forward makes the gradient: they no longer stay in the L2 cache until the backward
-MAX_GRID = 2048  # programs, each of which does several tiles where there are more: so the sum of their sums stays short
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -25,6 +28,19 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 def in_kernels(function):
     "A function of plain arithmetic, so that kernels can call it. The interpreter calls it as it is."
     return function if INTERPRETED else triton.jit(function)
+
+@triton.jit
+def exp(x):
+    "e^x in float32 without the results below 1e-38, for which `tl.exp` takes three more instructions; and as it is in float64."
+    if x.dtype == tl.float64: return tl.exp(x)
+    else: return tl.exp2(x * 1.4426950408889634)
+
+if INTERPRETED: divide = in_kernels(lambda a, b: a / b)
+else:
+    @triton.jit
+    def divide(a, b):
+        "a / b in float32, of b from 1e-38 to 1e38. In full, a division takes six more instructions to find out that it is."
+        return libdevice.fast_dividef(a, b)
 
 @triton.jit
 def offsets(i, SIZES: tl.constexpr, STRIDES: tl.constexpr):
@@ -53,10 +69,10 @@ def add_partials(partials, ticket):
     """The sums over all programs. They are added in the order of the programs, whoever adds them: the result is always the same.
 
     The ticket is 0 again afterwards."""
-    n, i = tl.num_programs(0), tl.arange(0, 1024)
-    loss = tl.zeros([1024], partials.dtype.element_ty)
+    n, i = tl.num_programs(0), tl.arange(0, 256)  # 1024 at once, on a single warp, would take more registers than all the rest
+    loss = tl.zeros([256], partials.dtype.element_ty)
     weight, rows = loss, loss
-    for start in range(0, n, 1024):
+    for start in range(0, n, 256):
         mask = start + i < n
         loss += tl.load(partials + start + i, mask=mask, other=0.)
         weight += tl.load(partials + n + start + i, mask=mask, other=0.)
@@ -113,12 +129,30 @@ def stream_ticket(device: torch.device) -> Tensor:
     Kernels that may run at once must not share one: so each stream has its own, and so has a CUDA graph."""
     if device.type == 'cuda':
         if torch.cuda.is_current_stream_capturing(): return new_ticket(device)
-        key = device.index, torch.cuda.current_stream(device).cuda_stream
+        key = device.index, triton.runtime.driver.active.get_current_stream(device.index)  # a number: torch.cuda makes an object of it
     else: key = device.type
     if key not in _tickets: _tickets[key] = new_ticket(device)
     return _tickets[key]
 
-def grid_size(tiles: int) -> int: return max(1, min(tiles, MAX_GRID))
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 128
+
+def grid_size(tiles: int, device: torch.device, programs: int = 16) -> int:
+    "How many programs are launched for so many tiles: at most `programs` a multiprocessor, each of which then does several tiles."
+    return max(1, min(tiles, programs * multiprocessors(device)))
+
+HERE = nullcontext()
+
+def on_device(x: Tensor):
+    "A context in which launches go to the device of `x`. Mostly it is the current one: then there is nothing to switch, and back."
+    return HERE if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
+
+def run(kernel, programs: int, args: dict, **options):
+    """Launches a kernel with its arguments out of `args`, by their names.
+
+    They are handed on in the kernel's order: Triton takes longer to bind names, and few logits wait for that alone."""
+    kernel[(programs,)](*map(args.__getitem__, kernel.arg_names), **options)
 
 def runs_on(x: Tensor) -> bool: return x.is_cuda or INTERPRETED and x.is_cpu
 

@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from . import launch
-from .launch import Sums, add_partials, offsets, store_sums, unless_one
+from .launch import Sums, add_partials, divide, exp, offsets, store_sums, unless_one
 from ..autograd import accumulator
 from ..sigmoid import plain_loss
 from ..targets import SigmoidTarget, smooth_labels
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS, PROGRAMS = 1024, 4, 16
 
 q_of = launch.in_kernels(smooth_labels)
 
@@ -42,6 +42,21 @@ def load(pointer, i, mask, SIZES: tl.constexpr, STRIDES: tl.constexpr, ACC: tl.c
     else: return tl.load(pointer + offsets(i, SIZES, STRIDES), mask=mask).to(ACC)
 
 @triton.jit
+def inverse_and_log1p(e):
+    """1 / (1 + e) and log(1 + e) for e in [0, 1].
+
+    `tl.log` of float32 is off by up to 2e-7, which is more than some losses. With z = e / (2 + e) it is log((1 + z) / (1 - z)), whose
+    series in z, of at most 1/3, has all digits. One division does for both."""
+    one_e, two_e = 1 + e, 2 + e
+    if e.dtype == tl.float64: return 1 / one_e, tl.log(one_e) + (e - (one_e - 1)) / one_e  # with what the sum has lost by rounding
+    else:
+        both = divide(1., one_e * two_e)
+        z = e * one_e * both
+        s = z * z
+        series = 1 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13))))))
+        return two_e * both, 2 * z * series
+
+@triton.jit
 def sigmoid_tile(i, mask, ptr, e0, e1, scale, SIZES: tl.constexpr, STRIDES: tl.constexpr, REDUCED: tl.constexpr, ACC: tl.constexpr):
     "The losses of logits number `i` where `mask` is true (None: all). Their gradient is stored, and the losses unless they are REDUCED."
     x = load(ptr.x, i, mask, SIZES, tl.constexpr(STRIDES.x), ACC)
@@ -49,8 +64,8 @@ def sigmoid_tile(i, mask, ptr, e0, e1, scale, SIZES: tl.constexpr, STRIDES: tl.c
     if ptr.e0 is not None: e0 = load(ptr.e0, i, mask, SIZES, tl.constexpr(STRIDES.e0), ACC)
     if ptr.e1 is not None: e1 = load(ptr.e1, i, mask, SIZES, tl.constexpr(STRIDES.e1), ACC)
     q = q_of(y, e0, e1)
-    e = tl.exp(-tl.abs(x))
-    one_e = 1 + e
+    e = exp(-tl.abs(x))
+    inverse, log1p_e = inverse_and_log1p(e)
     pos_weight_q = q
     if ptr.pos_weight is not None:
         pos_weight = load(ptr.pos_weight, i, mask, SIZES, tl.constexpr(STRIDES.pos_weight), ACC)
@@ -58,14 +73,14 @@ def sigmoid_tile(i, mask, ptr, e0, e1, scale, SIZES: tl.constexpr, STRIDES: tl.c
         l = 1 + (pos_weight - 1) * q
     if ptr.weight is not None: weight = load(ptr.weight, i, mask, SIZES, tl.constexpr(STRIDES.weight), ACC)
     if ptr.grad is not None:
-        grad = tl.where(x >= 0, 1., e) / one_e  # sigmoid(x)
+        grad = tl.where(x >= 0, 1., e) * inverse  # sigmoid(x)
         if ptr.pos_weight is not None: grad = l * grad
         grad -= pos_weight_q
         if ptr.weight is not None: grad *= weight
         grad *= scale
         if ptr.grad_output is not None: grad *= load(ptr.grad_output, i, mask, SIZES, tl.constexpr(STRIDES.grad_output), ACC)
         tl.store(ptr.grad + offsets(i, SIZES, tl.constexpr(STRIDES.grad)), grad.to(ptr.grad.dtype.element_ty), mask=mask)
-    losses = tl.log(one_e) + (e - (one_e - 1)) / one_e  # log(1 + e), with what the sum has lost by rounding
+    losses = log1p_e
     if ptr.pos_weight is not None: losses *= l
     losses += x * tl.where(x > 0, 1 - q, -pos_weight_q)  # for negative x: (1 - q) * x - l * x = -pos_weight * q * x
     if ptr.weight is not None: losses *= weight
@@ -96,12 +111,17 @@ def sigmoid_kernel(x, target, e0, e1, weight, pos_weight, loss, grad, grad_outpu
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-coalesce = lru_cache(1024)(launch.coalesce)  # a training sees the same ones again and again
+@lru_cache(1024)  # a training sees the same ones again and again
+def coalesce(shape, *strides) -> tuple[tuple, Tensors] | None:
+    "The kernel's SIZES and STRIDES, for the strides of each of its tensors; None where there are too many axes."
+    axes = launch.coalesce(shape, *strides)
+    return None if axes is None else (axes.sizes, Tensors(*axes.strides))
 
-def axes_for(tensors: Tensors) -> launch.Axes | None:
-    "None where the kernel cannot index them. What is one number for all logits, or not there, has strides of 0."
+def axes_for(tensors: Tensors) -> tuple[tuple, Tensors] | None:
+    "`coalesce` of these tensors. What is one number for all logits, or not there, has strides of 0."
     shape = tuple(tensors.x.shape)
-    return coalesce(shape, *[(0,) * len(shape) if v is None or not v.dim() else v.stride() for v in tensors])
+    zeros = (0,) * len(shape)
+    return coalesce(shape, *[zeros if v is None or not v.dim() else v.stride() for v in tensors])
 
 def tensors_for(x: Tensor, target: SigmoidTarget, **rest) -> Tensors:
     "The kernel's tensors: `rest` are those of loss, grad and grad_output that there are."
@@ -110,7 +130,7 @@ def tensors_for(x: Tensor, target: SigmoidTarget, **rest) -> Tensors:
 def supports(x: Tensor, target: SigmoidTarget) -> bool:
     "Can the kernel compute this loss? There are layouts of too many axes."
     if x.dtype not in launch.FLOATS: return False
-    if torch.compiler.is_compiling(): return x.dim() <= 3
+    if x.dim() <= 3 or torch.compiler.is_compiling(): return x.dim() <= 3
     return axes_for(tensors_for(x, target, grad=torch.empty_like(x, device='meta'))) is not None
 
 def run(tensors: Tensors, target: SigmoidTarget, reduction: str, ticket: Tensor | None = None, grad_ready: bool = False):
@@ -120,26 +140,29 @@ def run(tensors: Tensors, target: SigmoidTarget, reduction: str, ticket: Tensor 
         tensors = tensors._replace(grad_output=torch.empty_like(x, dtype=tensors.grad_output.dtype).copy_(tensors.grad_output))
         axes = axes_for(tensors)
     tiles, tail = divmod(x.numel(), BLOCK)
-    n, partials = launch.grid_size(tiles + (tail > 0)), None
-    with torch.cuda.device_of(x):
+    n, partials = launch.grid_size(tiles + (tail > 0), x.device, PROGRAMS), None
+    sizes, strides = axes
+    with launch.on_device(x):
         if loss is not None and reduced:
             partials = loss.new_empty(3 * n)
             if ticket is None: ticket = launch.stream_ticket(x.device)
-        sigmoid_kernel[(n,)](
-            **tensors._asdict(), partials=partials, ticket=ticket, tiles=tiles, tail=tail,
-            scale=1 / x.numel() if reduction == 'mean' else 1.,
+        launch.run(sigmoid_kernel, n, dict(
+            tensors._asdict(), partials=partials, ticket=ticket, tiles=tiles, tail=tail, scale=1 / x.numel() if reduction == 'mean' else 1.,
             e0_number=target.e0 if tensors.e0 is None else 0., e1_number=target.e1 if tensors.e1 is None else 0.,
-            SIZES=axes.sizes, STRIDES=Tensors(*axes.strides), REDUCED=reduced, GRAD_READY=grad_ready,
-            BLOCK=BLOCK, ACC=launch.TYPES[accumulator(x)], num_warps=WARPS)
+            SIZES=sizes, STRIDES=strides, REDUCED=reduced, GRAD_READY=grad_ready, BLOCK=BLOCK, ACC=launch.TYPES[accumulator(x)]),
+            num_warps=WARPS)
 
 def forward(x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor | None = None, ticket: Tensor | None = None) -> tuple[Tensor]:
     "The loss; `grad`, if given, gets its gradient."
-    loss = torch.empty_like(x, dtype=accumulator(x)) if reduction == 'none' else torch.empty((), dtype=accumulator(x), device=x.device)
+    loss = torch.empty_like(x, dtype=accumulator(x)) if reduction == 'none' else x.new_empty((), dtype=accumulator(x))
     run(tensors_for(x, target, loss=loss, grad=grad), target, reduction, ticket)
     return loss,
 
 def backward(grad_output: Tensor, x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor | None = None) -> Tensor:
-    "The gradient times `grad_output`, rounded once. `grad`, if given, is that for a `grad_output` of 1, and stays as it is where it is 1."
+    """The gradient times `grad_output`, in half precision rounded once. `grad`, if given, is that for a `grad_output` of 1, and stays as it
+    is where it is 1."""
+    if grad is not None and x.dtype == accumulator(x) and x.nbytes < launch.EARLY_MB << 20:
+        return grad.mul_(grad_output)  # few logits wait for the CPU, which is done with torch's product in a third of the time
     out = torch.empty_like(x) if grad is None else grad
     run(tensors_for(x, target, grad=out, grad_output=grad_output.resolve_neg()), target, reduction, grad_ready=grad is not None)
     return out

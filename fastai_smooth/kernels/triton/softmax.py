@@ -1,11 +1,13 @@
 "The softmax head on Triton: which kernels are launched, for which tiles; and the loss as an autograd Function and as custom ops."
 from __future__ import annotations
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 import torch
+import triton
 from torch import Tensor
 from . import launch
+from .rows import Spec
 from .softmax_kernels import denominator_kernel, gradient_kernel, softmax_kernel
 from ..autograd import accumulator, transforming
 from ..checks import check_indices, resolve_indices
@@ -15,110 +17,139 @@ from ..targets import Smoothing, SoftmaxTarget
 class Tile(NamedTuple):
     "What a program does at once."
     rows: int
-    block: int  # classes: all of a row, if there are not more. Where there are, the first block stays, the others are read again
+    block: int              # classes: all of a row, or some. Then the last ones stay in registers, the others are read twice
     warps: int
-    ctas: int = 1
+    prefetch: bool = False  # Is the next block of a row read while one is summed, if threads read 16 bytes at once?
+    programs: int = 16      # the most on a multiprocessor
 
-# (number of classes up to which, tile); the last is for all larger ones
-TILES = {
-    'classes next to each other': [
-        (16, Tile(128, 16, 4)), (32, Tile(64, 32, 4)), (64, Tile(32, 64, 4)), (128, Tile(16, 128, 4)), (256, Tile(8, 256, 4)),
-        (512, Tile(4, 512, 4)), (1024, Tile(2, 1024, 4)), (2048, Tile(1, 2048, 4)), (4096, Tile(1, 4096, 8)),
-        (8192, Tile(1, 8192, 16)), (16384, Tile(1, 16384, 32)), (None, Tile(1, 8192, 32))],
-    'rows next to each other': [  # images, (N, C, H, W)
-        (16, Tile(128, 16, 4)), (32, Tile(64, 32, 4)), (64, Tile(64, 64, 8)), (128, Tile(32, 128, 8)), (256, Tile(32, 256, 16)),
-        (None, Tile(32, 128, 8))],
-}
+# (number of classes up to which, tile) for classes next to each other; the last is for all larger ones. Measured: benchmarks/gpu.md
+TILES = [(32, Tile(16, 32, 4)), (64, Tile(8, 64, 2)), (128, Tile(4, 128, 1)), (256, Tile(2, 256, 1)), (512, Tile(1, 512, 1)),
+         (1024, Tile(1, 1024, 1)), (4096, Tile(1, 1024, 4)), (8192, Tile(1, 2048, 4, True)), (32768, Tile(1, 4096, 8, True)),
+         (None, Tile(1, 8192, 16, True, 2))]
 
-def tile_for(num_classes: int, class_stride: int) -> Tile:
-    table = TILES['classes next to each other' if class_stride == 1 or num_classes == 1 else 'rows next to each other']
-    return next(tile for most, tile in table if most is None or num_classes <= most)
+def tile_for(num_classes: int, class_stride: int, itemsize: int) -> Tile:
+    """Of the table; but where rows lie next to each other, as in images, each thread has as many of them as it reads at once, so that no
+    sum is over threads, and 32 logits in all, so that these stay in registers."""
+    if class_stride != 1:
+        at_once = 16 // itemsize
+        return Tile(32 * at_once, min(32 // at_once, triton.next_power_of_2(num_classes)), 1)
+    for most, tile in TILES:
+        if most is None or num_classes <= most: return tile
 
 def spans_blocks(x: Tensor, axis: int) -> bool:
     "Are rows longer than a block? Then `gradient_kernel` makes the gradient, by what the forward keeps of each row."
-    return x.shape[axis] > tile_for(x.shape[axis], x.stride(axis)).block
+    return x.shape[axis] > tile_for(x.shape[axis], x.stride(axis), x.itemsize).block
+
+def lanes_for(strides, itemsize: int, tile: Tile):
+    """How many lanes a block of classes has, and how far they are apart: a lane is what one thread has of it, or some of that.
+
+    `strides` are those of the logits, the last of the classes. A thread reads up to 16 bytes at once: of classes, if rows begin at a
+    multiple of that, which are a lane then. Else it has every so many-th class; where rows lie next to each other, of as many rows as it
+    reads at once."""
+    *rows, classes = strides
+    at_once = math.gcd(16, *(stride * itemsize for stride in rows)) // itemsize if classes == 1 else 16 // itemsize
+    if classes == 1 and at_once * itemsize == 16: return max(1, tile.block // at_once), min(tile.block, at_once)
+    return min(tile.block, max(1, 32 * tile.warps * max(1, at_once) // tile.rows)), 1
 
 @lru_cache(1024)  # a training sees the same ones again and again
-def make_plan(shape, axis, dtype, multi_hot, others, tile, x, y, grad):
-    """How the kernels index the rows, and what they are compiled for; None where they cannot.
+def make_plan(shape, axis, dtype, itemsize, multi_hot, others, by_class, tile, x, y, grad):
+    """How the kernels index the rows, what they are compiled for, and the tile; None where they cannot.
 
     `x`, `y` (None for class indices) and `grad` are the strides of logits, labels and gradient."""
     drop = lambda v: v[:axis] + v[axis+1:]
     axes = launch.coalesce(drop(shape), *(drop(v) for v in (x, grad, y or x)))
     if axes is None: return None
-    XS, GS, YS = ((*strides, v[axis]) for strides, v in zip(axes.strides, (x, grad, y or x)))
-    return axes, dict(C=shape[axis], SIZES=axes.sizes, XS=XS, YS=YS if y else (0, 0, 0, 0), GS=GS, INDEX=y is None, MULTI_HOT=multi_hot,
-                      OTHERS=others, ROWS=tile.rows, BLOCK=tile.block, ACC=launch.TYPES[dtype], num_warps=tile.warps, num_ctas=tile.ctas)
+    classes, block = shape[axis], tile.block
+    x, grad, labels = ((*strides, v[axis]) for strides, v in zip(axes.strides, (x, grad, y or x)))
+    lanes, lane_stride = lanes_for(x, itemsize, tile)
+    spec = Spec(classes=classes, sizes=axes.sizes, x=x, y=labels if y else (0, 0, 0, 0), grad=grad, is_index=y is None,
+                multi_hot=multi_hot, others=others, by_class=by_class, rows=tile.rows, block=block, lanes=lanes, lane_stride=lane_stride,
+                prefetch=tile.prefetch and classes > block and lane_stride > 1, blocks=-(-classes // block), whole=classes % block == 0,
+                acc=launch.TYPES[dtype])
+    return axes, spec, tile
 
 def plan(x: Tensor, target: SoftmaxTarget, grad: Tensor | None = None):
     "`make_plan` for these tensors. The gradient is laid out as the logits are, if there is none yet."
     s, axis, strides = target.smoothing, target.axis, x.stride()
-    return make_plan(tuple(x.shape), axis, accumulator(x), s.multi_hot, s.spread == 'others', tile_for(x.shape[axis], strides[axis]),
-                     strides, None if target.is_index else target.target.stride(), strides if grad is None else grad.stride())
+    by_class = s.prior is not None and s.prior.dim() == 2
+    return make_plan(tuple(x.shape), axis, accumulator(x), x.itemsize, s.multi_hot, s.spread == 'others', by_class,
+                     tile_for(x.shape[axis], strides[axis], x.itemsize), strides, None if target.is_index else target.target.stride(),
+                     strides if grad is None else grad.stride())
 
 def supports(x: Tensor, target: SoftmaxTarget) -> bool:
-    "Can the kernels compute this loss? A prior for each class would be another pass over a matrix; and there are layouts of too many axes."
-    prior = target.smoothing.prior
-    if x.dtype not in launch.FLOATS or prior is not None and prior.dim() == 2: return False
+    "Can the kernels compute this loss? There are layouts of too many axes."
+    if x.dtype not in launch.FLOATS: return False
     return x.dim() <= 4 or not torch.compiler.is_compiling() and plan(x, target, torch.empty_like(x, device='meta')) is not None
 
-def kernel_args(x: Tensor, target: SoftmaxTarget, reduction: str, axes: launch.Axes, options: dict) -> dict:
-    "The arguments of `softmax_kernel` for a target."
+def kernel_args(x: Tensor, target: SoftmaxTarget, reduction: str, axes: launch.Axes, spec: Spec) -> dict:
+    "The arguments of `softmax_kernel` for a target, but for `x` and what it writes."
     packed = lambda v: None if v is None else v.contiguous()
     y, eps = axes.permute(target.target).contiguous() if target.is_index else target.target, target.smoothing.eps
-    if target.is_index and options['C'] == 1: y = y.long()  # Triton 3.6 fails to compile others
+    if target.is_index and spec.classes == 1: y = y.long()  # Triton 3.6 fails to compile others
     by_tensor = isinstance(eps, Tensor)
-    return dict(options, x=x, target=y, weight=packed(target.weight), prior=packed(target.smoothing.prior),
+    return dict(SPEC=spec, target=y, weight=packed(target.weight), prior=packed(target.smoothing.prior),
                 eps=packed(eps) if by_tensor else None, eps_number=0. if by_tensor else eps, EPS_PER_CLASS=by_tensor and eps.dim() > 0,
-                outer=axes.outer, tiles=-(-x.numel() // options['C'] // options['ROWS']), ignore_index=target.ignore_index,
-                scale=options['C'] / x.numel() if reduction == 'mean' and not target.is_index else 1., REDUCED=reduction != 'none')
+                outer=axes.outer, tiles=-(-x.numel() // spec.classes // spec.rows), ignore_index=target.ignore_index,
+                scale=spec.classes / x.numel() if reduction == 'mean' and not target.is_index else 1., REDUCED=reduction != 'none')
 
-def forward(x: Tensor, target: SoftmaxTarget, reduction: str, grad: Tensor | None = None, keep_stats=False, ticket: Tensor | None = None):
-    """The loss; what it is a mean over, where only the device knows, else None; with `keep_stats` what `gradient_kernel` needs, else None.
+def forward(x: Tensor, target: SoftmaxTarget, reduction: str, grad: Tensor | None = None, keep_stats: bool | None = None,
+            ticket: Tensor | None = None):
+    """The loss; and for the backward: what it is a mean over, where only the device knows, else None; with `keep_stats` (None: where rows
+    are longer than a block) what `gradient_kernel` needs, else None; and the arguments that all kernels share, with axes and tile.
 
     `grad`, if given, gets the gradient."""
-    if x.is_cpu and target.is_index: check_indices(target.target.long(), x.shape[target.axis], target.target.long() == target.ignore_index)
-    axes, options = plan(x, target, grad)
-    args, reduced, rows = kernel_args(x, target, reduction, axes, options), reduction != 'none', x.numel() // options['C']
-    new = lambda *shape: torch.empty(shape, dtype=accumulator(x), device=x.device)
-    denominator = new() if reduction == 'mean' and target.is_index else None
-    loss, row_stats, n = new() if reduced else new(rows), new(4, rows) if keep_stats else None, launch.grid_size(args['tiles'])
-    with torch.cuda.device_of(x):
+    if launch.INTERPRETED and x.is_cpu and target.is_index:  # looking takes no waiting here
+        check_indices(target.target.long(), x.shape[target.axis], target.target.long() == target.ignore_index)
+    axes, spec, tile = plan(x, target, grad)
+    args, reduced = kernel_args(x, target, reduction, axes, spec), reduction != 'none'
+    rows, acc = x.numel() // spec.classes, accumulator(x)
+    if keep_stats is None: keep_stats = spec.blocks > 1
+    denominator = x.new_empty((), dtype=acc) if reduction == 'mean' and target.is_index else None
+    row_stats, n = x.new_empty((4, rows), dtype=acc) if keep_stats else None, launch.grid_size(args['tiles'], x.device, tile.programs)
+    loss, partials = x.new_empty(() if reduced else rows, dtype=acc), x.new_empty(3 * n, dtype=acc) if reduced else None
+    with launch.on_device(x):
         if reduced and ticket is None: ticket = launch.stream_ticket(x.device)
         if denominator is not None and grad is not None:
             tiles = -(-rows // 4096)
-            shared = {name: args[name] for name in ('target', 'weight', 'ignore_index', 'C', 'ACC')}
-            denominator_kernel[(launch.grid_size(tiles),)](**shared, denominator=denominator, partials=new(3 * launch.grid_size(tiles)),
-                                                           ticket=ticket, n=rows, tiles=tiles, BLOCK=4096, num_warps=8)
-        softmax_kernel[(n,)](**args, loss=loss, grad=grad, grad_output=None, denominator=denominator, row_stats=row_stats,
-                             partials=new(3 * n) if reduced else None, ticket=ticket,
-                             SUM_WEIGHTS=denominator is not None and grad is None, GRAD_READY=False)
-    return loss if reduced else axes.restore(loss, x.shape[:target.axis] + x.shape[target.axis+1:]), denominator, row_stats
+            programs = launch.grid_size(tiles, x.device)
+            launch.run(denominator_kernel, programs, dict(args, denominator=denominator, partials=x.new_empty(3 * programs, dtype=acc),
+                                                          ticket=ticket, n=rows, tiles=tiles, CLASSES=spec.classes, BLOCK=4096,
+                                                          ACC=spec.acc), num_warps=8)
+        launch.run(softmax_kernel, n, dict(args, x=x, loss=loss, grad=grad, grad_output=None, denominator=denominator, row_stats=row_stats,
+                                           partials=partials, ticket=ticket, SUM_WEIGHTS=denominator is not None and grad is None,
+                                           GRAD_READY=False), num_warps=tile.warps)
+    if not reduced: loss = axes.restore(loss, x.shape[:target.axis] + x.shape[target.axis+1:])
+    return loss, denominator, row_stats, (args, axes, tile)
 
 def backward(grad_output: Tensor, x: Tensor, target: SoftmaxTarget, reduction: str, denominator: Tensor | None,
-             row_stats: Tensor | None = None, grad: Tensor | None = None) -> Tensor:
-    "The gradient times `grad_output`, rounded once. `grad`, if given, is that for a `grad_output` of 1, and stays as it is where it is 1."
+             row_stats: Tensor | None = None, shared: tuple | None = None, grad: Tensor | None = None) -> Tensor:
+    """The gradient times `grad_output`, rounded once. `grad`, if given, is that for a `grad_output` of 1, and stays as it is where it is 1.
+
+    `shared` are the arguments that the forward has made, None where they are not at hand."""
     out = torch.empty_like(x) if grad is None else grad
-    axes, options = plan(x, target, out)
+    if shared is None or grad is None and out.stride() != x.stride():  # the gradient does not lie as the forward took for granted
+        axes, spec, tile = plan(x, target, out)
+        shared = kernel_args(x, target, reduction, axes, spec), axes, tile
+    args, axes, tile = shared
     if reduction == 'none': grad_output = axes.permute(grad_output).contiguous()
-    args = dict(kernel_args(x, target, reduction, axes, options), grad=out, grad_output=grad_output.resolve_neg(), denominator=denominator,
-                row_stats=row_stats, GRAD_READY=grad is not None)
-    if row_stats is None: kernel, args = softmax_kernel, dict(args, loss=None, partials=None, ticket=None, SUM_WEIGHTS=False)
-    else:
-        kernel, args['tiles'] = gradient_kernel, args['tiles'] * -(-options['C'] // options['BLOCK'])
-        for name in ('eps', 'eps_number', 'EPS_PER_CLASS', 'MULTI_HOT', 'OTHERS'): del args[name]  # row_stats has what they say
-    with torch.cuda.device_of(x): kernel[(launch.grid_size(args['tiles']),)](**args)
+    args = dict(args, x=x, loss=None, grad=out, grad_output=grad_output.resolve_neg(), denominator=denominator, row_stats=row_stats,
+                partials=None, ticket=None, SUM_WEIGHTS=False, GRAD_READY=grad is not None)
+    if row_stats is None: kernel = softmax_kernel
+    else: kernel, args['tiles'] = gradient_kernel, args['tiles'] * args['SPEC'].blocks
+    with launch.on_device(x): launch.run(kernel, launch.grid_size(args['tiles'], x.device, tile.programs), args, num_warps=tile.warps)
     return out
+
+def differentiable_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
+    "The loss in ops that torch can differentiate."
+    return plain_loss(x, resolve_indices(target, x, transforming()), reduction)
 
 def softmax_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     """The loss of logits `x`, for a target that the kernels support.
 
     Many logits get their gradient with it, but not in float16, whose losses are mostly scaled."""
-    keep_stats = spans_blocks(x, target.axis)
-    if torch.compiler.is_compiling(): return softmax_forward(x, *op_args(x, target), reduction, keep_stats)[0]
-    plain = lambda x, target, reduction: plain_loss(x, resolve_indices(target, x, transforming()), reduction)
+    if torch.compiler.is_compiling(): return softmax_forward(x, *op_args(x, target), reduction, spans_blocks(x, target.axis))[0]
     grad_early = x.dtype != torch.float16 and x.nbytes >= launch.EARLY_MB << 20
-    return launch.fused_loss(x, target, reduction, launch.Head(partial(forward, keep_stats=keep_stats), backward, plain, grad_early))
+    return launch.fused_loss(x, target, reduction, launch.Head(forward, backward, differentiable_loss, grad_early))
 
 # --- the same as custom ops, which torch.compile takes as they are ----------------------------------------------------
 
@@ -139,7 +170,7 @@ def softmax_forward(x: Tensor, target: Tensor, weight: Tensor | None, prior: Ten
     alone: a graph that inductor has on its disk may have been made with another table of tiles."""
     args = target, weight, prior, eps, is_index, multi_hot, spread, axis, ignore_index
     if not x.numel(): return _softmax_forward_fake(x, *args, reduction, keep_stats)
-    loss, *rest = forward(x, from_op_args(*args), reduction, keep_stats=keep_stats, ticket=launch.new_ticket(x.device))
+    loss, *rest, _ = forward(x, from_op_args(*args), reduction, keep_stats=keep_stats, ticket=launch.new_ticket(x.device))
     return loss.contiguous(), *(loss.new_empty(0) if v is None else v for v in rest)
 
 @softmax_forward.register_fake

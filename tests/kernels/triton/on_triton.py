@@ -34,10 +34,10 @@ def take_turn(x, target):
     On a GPU every other turn goes by the table."""
     launch.EARLY_MB, blocks, programs = next(turns)
     if not isinstance(target, SoftmaxTarget):
-        sigmoid.BLOCK = max(16, min(cut(x.numel(), programs), 2**20)) if launch.INTERPRETED else 4096
+        sigmoid.BLOCK = max(16, min(cut(x.numel(), programs), 2**20)) if launch.INTERPRETED else 1024
         return
     k = x.shape[target.axis]
-    table, rows = tile_for(k, x.stride(target.axis)), cut(x.numel() // k, programs)
+    table, rows = tile_for(k, x.stride(target.axis), x.itemsize), cut(x.numel() // k, programs)
     block = table.block if blocks == 1 else cut(k, blocks)
     tile = Tile(min(rows, (2**20 if launch.INTERPRETED else 4096) // block), block, 4)
     softmax.tile_for = lambda *_: table if CUDA and blocks == 1 else tile

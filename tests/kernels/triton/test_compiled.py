@@ -4,6 +4,7 @@ To record what compiles with the Triton that is installed: `python -m kernels.tr
 from itertools import product
 import json, sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest, torch
 
@@ -19,7 +20,6 @@ needs_ptxas = pytest.mark.skipif(sys.platform != 'linux', reason='Triton compile
 # ---------------------------------------------------------------- compiled for GPUs that are not here
 
 VERSION = '.'.join(triton.__version__.split('.')[:2])
-WIDE = {'classes next to each other': 128256, 'rows next to each other': 300}   # for the last entries, which have no most
 
 
 def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1, reduction='mean', weight=None, ignore_index=-100, index=torch.int64,
@@ -36,10 +36,11 @@ def softmax_launches(shape, dtype=torch.float32, early=False, soft=False, eps=.1
     return launches
 
 
-def sigmoid_launches(shape, dtype=torch.float32, target=torch.uint8, reduction='mean', early=True, e0=.05, e1=.05, record=recorded, **factors):
+def sigmoid_launches(shape, dtype=torch.float32, target=torch.uint8, reduction='mean', early=True, e0=.05, e1=.05, record=recorded, few=False, **factors):
+    "`few`: as of so few logits that torch multiplies their gradient"
     x, expand = torch.zeros(shape, dtype=dtype), lambda v: v.expand(shape) if isinstance(v, torch.Tensor) else v
     target = SigmoidTarget(x.to(target), expand(e0), expand(e1), **{k: expand(v) for k, v in factors.items()})
-    with record() as launches:
+    with record() as launches, patch.object(launch, 'EARLY_MB', 10**6 if few else 0):
         grad = torch.empty_like(x) if early else None
         loss, = sigmoid.forward(x, target, reduction, grad)
         sigmoid.backward(torch.ones_like(loss), x, target, reduction, grad)
@@ -51,19 +52,17 @@ def forwards(launches): return launches[:-1]
 
 def entries():
     "name -> compute capability, launches: each entry of the table, with the gradient early and late, in two dtypes, and for two GPUs"
-    for layout, table in softmax.TILES.items():
-        for most, _ in table:
-            for k in dict.fromkeys((most or WIDE[layout], (most or WIDE[layout]) - 3)):   # and an odd number of classes
-                shape = (4, k) if layout.startswith('classes') else (2, k, 32, 32)
-                name, odd = f'softmax, {layout}, {k}', k % 2 == 1
-                early = forwards(softmax_launches(shape, early=True))[1:]   # the first one counts rows
-                yield f'{name}, float32 early, sm_90', 90, early
-                if odd: continue
-                yield f'{name}, bfloat16 late, sm_90', 90, softmax_launches(shape, torch.bfloat16)
-                yield f'{name}, float32 early, sm_80', 80, early
+    wide = [most or 128256 for most, _ in softmax.TILES]
+    for shape in [(4, k) for n in wide for k in (n, n - 3)] + [(2, k, 32, 32) for k in (2, 21, 150)]:   # also with odd numbers of classes
+        name, odd = f"softmax, {'x'.join(map(str, shape))}", shape[1] % 2 == 1 and len(shape) == 2
+        early = forwards(softmax_launches(shape, early=True))[1:]   # the first one counts rows
+        yield f'{name}, float32 early, sm_90', 90, early
+        if odd: continue
+        yield f'{name}, bfloat16 late, sm_90', 90, softmax_launches(shape, torch.bfloat16)
+        yield f'{name}, float32 early, sm_80', 80, early
     for k in (1000, 20000): yield f'softmax, before and after, {k}, sm_90', 90, [l for l in softmax_launches((4, k), early=True, weight=torch.ones(k)) if l.args.get('loss') is None]
     v = torch.ones(1000)
-    for name, options in dict(soft=dict(soft=True), prior=dict(prior=v, weight=v), weight=dict(weight=v), others=dict(spread='others'), each=dict(reduction='none'),
+    for name, options in dict(soft=dict(soft=True), prior=dict(prior=v, weight=v), matrix=dict(prior=torch.ones(1000, 1000)), weight=dict(weight=v), others=dict(spread='others'), each=dict(reduction='none'),
                               hot=dict(multi_hot=True, spread='others', weight=v), eps=dict(eps=v), float16=dict(dtype=torch.float16)).items():
         yield f'softmax, {name}, sm_90', 90, softmax_launches((4, 1000), **options)
     yield 'softmax, one class, int32, sm_90', 90, softmax_launches((64, 1), index=torch.int32)
@@ -123,6 +122,7 @@ def test_launches():
     assert kernels(softmax_launches((512, 1000), early=True, soft=True)) == ['softmax_kernel'] * 2
     assert kernels(softmax_launches((4, 20000), early=True)) == ['denominator_kernel', 'softmax_kernel', 'gradient_kernel']
     for early in (True, False): assert kernels(sigmoid_launches((64, 20), early=early)) == ['sigmoid_kernel'] * 2
+    for dtype, most in ((torch.float32, 1), (torch.bfloat16, 2)): assert kernels(sigmoid_launches((64, 20), dtype, few=True)) == ['sigmoid_kernel'] * most
 
 
 @pytest.mark.parametrize('shape', [(64, 10), (64, 20000), (8, 21, 16, 16)])
@@ -147,8 +147,9 @@ def test_launched_again():
 
 def test_work_is_bounded():
     "however many logits: so many programs at most, and the sums of their sums as long"
-    args = sigmoid_launches((launch.MAX_GRID * 4096 + 1,))[0].args
-    assert args['tiles'] == launch.MAX_GRID and args['tail'] == 1 and len(args['partials']) == 3 * launch.MAX_GRID
+    most = sigmoid.PROGRAMS * launch.multiprocessors(torch.device('cpu'))
+    args = sigmoid_launches((most * sigmoid.BLOCK + 1,))[0].args
+    assert args['tiles'] == most and args['tail'] == 1 and len(args['partials']) == 3 * most
 
 
 # ---------------------------------------------------------------- axes

@@ -11,7 +11,7 @@ import triton.language as tl
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
 from fastai_smooth.kernels.targets import SigmoidTarget, Smoothing, SoftmaxTarget
 from fastai_smooth.kernels import targets
-from fastai_smooth.kernels.triton import launch, sigmoid, softmax, softmax_kernels
+from fastai_smooth.kernels.triton import launch, rows, sigmoid, softmax
 from fastai_smooth.kernels.triton.softmax import Tile
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid_reference, softmax_reference
 
@@ -61,7 +61,7 @@ def coefficients_kernel(args, out, n, PRIOR: tl.constexpr, OTHERS: tl.constexpr,
     i = tl.arange(0, BLOCK)
     mass = None
     if PRIOR: mass = tl.load(args + 4 * n + i, mask=i < n)
-    res = softmax_kernels.coefficients(tl.load(args + i, mask=i < n), tl.load(args + n + i, mask=i < n), tl.load(args + 2 * n + i, mask=i < n),
+    res = rows.coefficients(tl.load(args + i, mask=i < n), tl.load(args + n + i, mask=i < n), tl.load(args + 2 * n + i, mask=i < n),
                                        tl.load(args + 3 * n + i, mask=i < n), mass, OTHERS)
     tl.store(out + i, res.own, mask=i < n)
     tl.store(out + n + i, res.each, mask=i < n)
@@ -85,7 +85,7 @@ def test_coefficients_of_the_target(prior, others):
 
 # ---------------------------------------------------------------- several blocks a row, several programs
 
-TILES = [Tile(2, 4, 1), Tile(4, 16, 1), Tile(1, 2, 1), Tile(8, 8, 1)]
+TILES = [Tile(2, 4, 1), Tile(4, 16, 1), Tile(1, 2, 1), Tile(8, 8, 1), Tile(2, 2, 1, prefetch=True)]
 
 
 @pytest.mark.parametrize('reduction', REDUCTIONS)
@@ -126,6 +126,23 @@ def test_all_mass_of_the_prior_masked(tile, early, cut):
         assert distance(loss, expected) < 1e-10 and distance(grad, expected_grad) < 1e-10
 
 
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('tile', TILES)
+def test_masked_classes_get_no_gradient_in_rows_that_are_lost(tile, early, cut):
+    "by a logit of inf, or since there is nothing to take the mean over; nor is a mask missed for a weight of 0 or less"
+    cut(tile, early)
+    x, y = inputs()
+    x[:, 3], y[:] = -torch.inf, 1
+    lost = x.clone()
+    lost[2, 5] = torch.inf
+    weight = torch.rand(10, dtype=torch.float64, device=DEVICE) + .5
+    for logits, options in ((lost, dict(reduction='sum')), (x, dict(weight=torch.zeros_like(weight)))):
+        assert not loss_and_grad(smooth_cross_entropy, logits, y, backend='triton', **options)[1][:, 3].any()
+    for w in (0., -1.):
+        weight[3] = w
+        same_as_reference(x, y, weight=weight)
+
+
 @pytest.mark.parametrize('tile', TILES[:2])
 def test_ticket_is_zero_again(tile, cut):
     cut(tile)
@@ -136,8 +153,9 @@ def test_ticket_is_zero_again(tile, cut):
 
 
 def test_more_tiles_than_programs(cut, monkeypatch):
-    cut(Tile(2, 16, 1))
-    monkeypatch.setattr(launch, 'MAX_GRID', 3)
+    cut(Tile(2, 16, 1, programs=1))
+    monkeypatch.setattr(launch, 'multiprocessors', lambda device: 3)
+    monkeypatch.setattr(sigmoid, 'PROGRAMS', 1)
     monkeypatch.setattr(sigmoid, 'BLOCK', 16)
     x, y = inputs(23)
     for reduction in REDUCTIONS: same_as_reference(x, y, reduction=reduction)
@@ -190,7 +208,7 @@ def test_what_it_takes_and_what_it_leaves(monkeypatch):
     x, y = inputs(6, 4)
     soft, matrix = torch.rand(6, 4, dtype=torch.float64, device=DEVICE).softmax(1), torch.rand(4, 4, dtype=torch.float64, device=DEVICE).softmax(1)
     strange = torch.randn(3, 4, 3, 3, 3, device=DEVICE).double()[..., ::2][:, :, :2, :2]
-    for taken, args, options in ((True, (x, y), {}), (True, (x, soft), {}), (True, (x, y), dict(eps=soft[0])), (False, (x, y), dict(prior=matrix)),
+    for taken, args, options in ((True, (x, y), {}), (True, (x, soft), {}), (True, (x, y), dict(eps=soft[0])), (True, (x, y), dict(prior=matrix)),
                                  (False, (x, soft.clone().requires_grad_()), {}), (False, (strange, torch.zeros(3, 2, 2, 2, dtype=torch.long, device=DEVICE)), {}),
                                  (True, (x[0], y[0]), {}), (True, (x.T.contiguous(), y), dict(axis=0))):
         seen.clear()
@@ -361,4 +379,4 @@ def test_out_of_bounds_is_noticed():
     if os.environ.get('SMOOTH_TEST_BACKEND') != 'triton' or not launch.INTERPRETED: pytest.skip('only in the process of test_interpreted.py')
     y, denominator, partials, ticket = torch.zeros(8, dtype=torch.long), torch.zeros(()), torch.zeros(3), torch.zeros((), dtype=torch.int32)
     with pytest.raises(Exception, match='out of bounds'):
-        softmax.denominator_kernel[(1,)](y[:4], None, denominator, partials, ticket, 8, 1, -100, C=3, BLOCK=16, ACC=launch.TYPES[torch.float32])
+        softmax.denominator_kernel[(1,)](y[:4], None, denominator, partials, ticket, 8, 1, -100, CLASSES=3, BLOCK=16, ACC=launch.TYPES[torch.float32])
