@@ -1,53 +1,82 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command under nine minutes, with torch, Triton, pytest and hypothesis, but no fastai:
+# Everything that needs a GPU, with torch, Triton, pytest and hypothesis, but no fastai. Stages, by number or name (default: all):
 #
-#   bash benchmarks/gpu.sh [FOLDER]
+#   bash benchmarks/gpu.sh 3 4
 #
-# The torch implementation's tests on the Triton one; those that need a GPU; compute-sanitizer; the benchmark beside eager, torch.compile and Liger-Kernel
-# (where it is installed); and what decides the dispatch table. Leaves gpu.json, with all numbers, and the logs
-# in FOLDER (default: benchmarks/). A step that fails or takes too long is said to at the end, and keeps no other from running.
+#   1 check        every kernel beside float64, on a few rows; where one is wrong nothing else runs    40 s
+#   2 tests        those that need a GPU, and the torch implementation's on the Triton one             150 s
+#   3 table        times beside eager, torch.compile and Liger-Kernel, then every option               2 to 3 min
+#   4 choose       what decides the dispatch table                                                     2 min
+#   5 train        the head of a language model, and trainings                                         45 s
+#   6 sanitizers   memcheck and racecheck of compute-sanitizer                                         1 to 2 min
+#
+# Leaves a JSON file and a log of each in $OUT (default: benchmarks/gpu-results), row by row. A step that fails or takes too long is
+# said to at the end, and keeps no other from running.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=$(mkdir -p "${1:-benchmarks}" && cd "${1:-benchmarks}" && pwd)
+out=${OUT:-benchmarks/gpu-results}
+mkdir -p "$out" && out=$(cd "$out" && pwd)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 unset TRITON_INTERPRET
-results=()
+[ $# = 0 ] && set -- 1 2 3 4 5 6
+results=() failed=0
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo 'gpu.sh: torch finds no GPU here' >&2; exit 2; }
 
-step() { # name, seconds, command...
-    local name=$1 most=$2 start=$SECONDS; shift 2
+step() { # name, seconds, lines to print at most, command...
+    local name=$1 most=$2 lines=$3 start=$SECONDS; shift 3
     printf '\n== %s\n' "$name"
-    timeout "$most" "$@" 2>&1 | tee "$out/gpu-${name// /-}.log" | tail -n 40
-    local rc=${PIPESTATUS[0]}
+    timeout -k 5 "$most" "$@" > "$out/$name.log" 2>&1
+    local rc=$?
+    grep -v -e Warning -e ' PASSED ' -e '^tests/.*::.* $' "$out/$name.log" | tail -n "$lines" | cut -c 1-200
     results+=("$(printf '%-24s %4d s  %s' "$name" $((SECONDS - start)) "$([ "$rc" = 0 ] && echo passed || echo "FAILED ($rc)")")")
+    [ "$rc" = 0 ] || failed=1
+    return "$rc"
 }
 
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
-parallel=$(python3 -c 'import importlib.util as u, os; print(f"-n {min(12, os.cpu_count())}" if u.find_spec("xdist") else "")')
+bench() { step "$1" "$2" "$3" python3 "benchmarks/gpu_$1.py" "$out/$1.json" "${@:4}"; }
+finish() { printf '%s\n' '' "== gpu.sh: $SECONDS s" "${results[@]}" | tee -a "$out/steps.txt"; exit "$failed"; }
 
-# fewer settings than on a CPU: each is compiled. $parallel is to be split.
-SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 step "kernel tests" 150 python3 -m pytest -q -p no:cacheprovider $parallel -W ignore \
-    tests/kernels/test_softmax.py tests/kernels/test_sigmoid.py tests/kernels/test_parity.py tests/kernels/test_autograd.py tests/kernels/test_compile.py tests/kernels/test_functional.py
-step "gpu tests" 80 python3 -m pytest -q -p no:cacheprovider ${parallel:+-n 6} -W ignore tests/kernels/triton/test_gpu.py tests/kernels/triton/test_kernels.py
-if [ -n "$sanitizer" ]; then
-    timeout 30 python3 benchmarks/gpu.py check > /dev/null 2>&1 # compiles, so that the sanitizer looks at kernels alone
-    for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer $tool" 35 "$sanitizer" --tool $tool --error-exitcode 9 python3 benchmarks/gpu.py check
-    done
-else results+=("sanitizer                       not installed"); fi
-bench() { step "$1" "$2" python3 -m fastai_smooth bench --device cuda --backend triton --seconds .5 --json "$out/${1// /-}.json" "${@:3}"; }
-bench "gpu float32" 80 --dtypes float32 --shapes 64x10 512x1000 32768x1000 4096x16384 256x21843 4096x32000 2048x128256 8x21x512x512 sigmoid:4096x10000
-bench "gpu bfloat16" 30 --dtypes bfloat16 --shapes 8192x4096 4096x32000 sigmoid:4096x10000
-step "questions" 95 python3 benchmarks/gpu.py measure "$out/gpu-questions.json"
-
-printf '\n%s\n' "== gpu.sh: $SECONDS s" "${results[@]}"
-python3 - "$out" "${results[@]}" << 'EOF'
-import json, sys
-from pathlib import Path
-out, *steps = sys.argv[1:]
-parts = {name: Path(out)/f'gpu-{name}.json' for name in ('float32', 'bfloat16', 'questions')}
-read = {k: json.loads(f.read_text() or 'null') for k, f in parts.items() if f.exists()}
-(Path(out)/'gpu.json').write_text(json.dumps(dict(steps=steps, **read), indent=1))
-for f in parts.values(): f.unlink(missing_ok=True)
+pytests() { # name, seconds, files...: what a run that is cut short has done, and why a test failed, is in the log as each test ends
+    local name=$1 most=$2 parallel; shift 2
+    parallel=$(python3 -c 'import importlib.util as u, os; print(f"-n {min(14, os.cpu_count())}" if u.find_spec("xdist") else "")')
+    cat > "$out/tell_at_once.py" <<'EOF'
+def pytest_configure(config): global plugins; plugins = config.pluginmanager
+def pytest_runtest_logreport(report):
+    terminal = plugins.get_plugin('terminalreporter')
+    if report.failed and terminal: terminal.write_line('\n' + report.longreprtext[-1500:])
 EOF
-[[ ${results[*]} != *FAILED* ]]
+    # $parallel is to be split
+    PYTHONPATH="$out:$PYTHONPATH" step "$name" "$most" 40 \
+        python3 -m pytest -v --tb=short -p no:cacheprovider -p tell_at_once $parallel -W ignore "$@"
+    echo "$name: $(grep -c ' PASSED ' "$out/$name.log") passed, $(grep -c ' FAILED ' "$out/$name.log") failed"
+}
+
+tests() { # fewer settings than on a CPU: each is compiled
+    pytests gpu-tests 55 tests/kernels/triton/test_{gpu,kernels}.py
+    SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 pytests kernel-tests 95 \
+        tests/kernels/test_{softmax,sigmoid,parity,autograd,compile,functional}.py
+}
+
+sanitizers() {
+    local sanitizer tool
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
+    [ -n "$sanitizer" ] || { results+=('sanitizers               not installed'); return; }
+    step tiny 40 5 python3 benchmarks/gpu_check.py - tiny   # compiles, so that the sanitizer looks at kernels alone
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "sanitizer-$tool" 45 15 \
+            "$sanitizer" --tool $tool --error-exitcode 9 python3 benchmarks/gpu_check.py - tiny
+    done
+}
+
+for stage in "$@"; do
+    case $stage in
+        1 | check) bench check 50 60 || { echo 'the kernels are wrong, or were not checked: nothing else is run'; finish; } ;;
+        2 | tests) tests ;;
+        3 | table) bench table 180 90 ;;
+        4 | choose) bench choose 120 115 ;;
+        5 | train) bench train 60 20 ;;
+        6 | sanitizers) sanitizers ;;
+        *) echo "gpu.sh: there is no stage $stage" >&2; exit 2 ;;
+    esac
+done
+finish
