@@ -447,10 +447,14 @@ def test_a_stale_number_fails_and_is_saved_anew(notebooks, tmp_path, monkeypatch
         'metadata': {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}, 'nbformat': 4, 'nbformat_minor': 5}))
     path = tmp_path/'nbs/00_t.ipynb'
     monkeypatch.setattr(notebooks, 'root', tmp_path)
+    monkeypatch.setattr(notebooks, 'SAVED_ON', notebooks.vendor())
     write(.125)
     assert notebooks.main([]) == 0
     write(.25)
     assert notebooks.main([]) == 1
+    with monkeypatch.context() as m:
+        m.setattr(notebooks, 'SAVED_ON', 'another')
+        assert notebooks.main([]) == 0
     assert 'nbs/00_t.ipynb, cell 1 (b):\n  saved: accuracy 0.25\n  now:   accuracy 0.125' in capsys.readouterr().out
     assert notebooks.main(['--save']) == 0 and 'accuracy 0.125' in path.read_text()
     path.write_text(path.read_text().replace('1/8', '1/0'))
