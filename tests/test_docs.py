@@ -454,6 +454,8 @@ def test_a_stale_number_fails_and_is_saved_anew(notebooks, tmp_path, monkeypatch
     assert notebooks.main([]) == 1
     with monkeypatch.context() as m:
         m.setattr(notebooks, 'SAVED_ON', 'another')
+        assert notebooks.main([]) == 1   # it trains nothing
+        m.setattr(notebooks, 'TRAINED', {'00_t'})
         assert notebooks.main([]) == 0
     assert 'nbs/00_t.ipynb, cell 1 (b):\n  saved: accuracy 0.25\n  now:   accuracy 0.125' in capsys.readouterr().out
     assert notebooks.main(['--save']) == 0 and 'accuracy 0.125' in path.read_text()

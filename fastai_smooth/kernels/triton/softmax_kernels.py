@@ -27,7 +27,7 @@ def find_labels(i, target, outer, ignore_index, SPEC: tl.constexpr):
 
 @triton.jit
 def times_grad_output(row, grad_output, denominator, scale, i, counts, SPEC: tl.constexpr, REDUCED: tl.constexpr):
-    "The gradient, which is linear in three of its parts, times scale / denominator * grad_output. 0 in rows that do not count, whatever that is."
+    "The gradient, linear in three of its parts, times scale / denominator * grad_output. 0 in rows that do not count, whatever that is."
     factor = tl.full((), scale, SPEC.acc)
     if denominator is not None: factor /= tl.load(denominator)
     if grad_output is not None:
@@ -35,6 +35,28 @@ def times_grad_output(row, grad_output, denominator, scale, i, counts, SPEC: tl.
         else: factor *= tl.load(grad_output + i, mask=counts, other=0.).to(SPEC.acc)
     factor = tl.where(counts, factor, 0.)
     return RowGrad(m=row.m, exp_factor=row.exp_factor * factor, own=row.own * factor, each=row.each * factor, uniform=row.uniform)
+
+@triton.jit
+def store_stats(row_stats, row, i, n, there):
+    "Keeps what the gradient of rows number i, of n, is made of."
+    tl.store(row_stats + i, row.m, mask=there)
+    tl.store(row_stats + n + i, row.exp_factor, mask=there)
+    tl.store(row_stats + 2 * n + i, row.own, mask=there)
+    tl.store(row_stats + 3 * n + i, tl.where(row.uniform, -row.each, row.each), mask=there)  # the sign says whether u is uniform
+
+@triton.jit
+def load_stats(row_stats, i, n, there):
+    "What `store_stats` has kept."
+    m, exp_factor = tl.load(row_stats + i, mask=there, other=0.), tl.load(row_stats + n + i, mask=there, other=0.)
+    own, each = tl.load(row_stats + 2 * n + i, mask=there, other=0.), tl.load(row_stats + 3 * n + i, mask=there, other=0.)
+    return RowGrad(m=m, exp_factor=exp_factor, own=own, each=tl.abs(each), uniform=each < 0)
+
+@triton.jit
+def without_lost_rows(row, counts, invalid):
+    "The gradient of rows that do not count is 0, and nan where the label is no class."
+    m = tl.where(invalid, INF - INF, tl.where(counts, row.m, 0.))
+    exp_factor, own, each = tl.where(counts, row.exp_factor, 0.), tl.where(counts, row.own, 0.), tl.where(counts, row.each, 0.)
+    return RowGrad(m=m, exp_factor=exp_factor, own=own, each=each, uniform=row.uniform)
 
 @triton.jit(do_not_specialize=['scale', 'eps_number', 'outer', 'tiles', 'ignore_index'])
 def softmax_kernel(x, target, weight, prior, eps, loss, grad, grad_output, denominator, row_stats, partials, ticket,
@@ -68,9 +90,7 @@ def softmax_kernel(x, target, weight, prior, eps, loss, grad, grad_output, denom
         losses, row = finish_rows(sums, rows, row_eps, label_x, label_w, SPEC)
         if SPEC.is_index:
             losses = tl.where(invalid, INF - INF, losses)
-            m = tl.where(invalid, INF - INF, tl.where(counts, row.m, 0.))
-            exp_factor, own, each = tl.where(counts, row.exp_factor, 0.), tl.where(counts, row.own, 0.), tl.where(counts, row.each, 0.)
-            row = RowGrad(m=m, exp_factor=exp_factor, own=own, each=each, uniform=row.uniform)
+            row = without_lost_rows(row, counts, invalid)
 
         if loss is not None:
             losses = tl.where(counts, losses, 0.)
@@ -80,11 +100,7 @@ def softmax_kernel(x, target, weight, prior, eps, loss, grad, grad_output, denom
                 sum_weight += tl.sum(tl.where(counts & (invalid == 0), label_w, 0.), 0)
                 count += tl.sum(counts.to(SPEC.acc), 0)
         if row_stats is not None:
-            n = tl.cast(outer, tl.int64) * (SPEC.sizes[0] * SPEC.sizes[1])
-            tl.store(row_stats + i, row.m, mask=there)
-            tl.store(row_stats + n + i, row.exp_factor, mask=there)
-            tl.store(row_stats + 2 * n + i, row.own, mask=there)
-            tl.store(row_stats + 3 * n + i, tl.where(row.uniform, -row.each, row.each), mask=there)  # the sign says whether u is uniform
+            store_stats(row_stats, row, i, tl.cast(outer, tl.int64) * (SPEC.sizes[0] * SPEC.sizes[1]), there)
         if grad is not None:
             g_rows = grad + offsets(i, tl.constexpr(SPEC.sizes), tl.constexpr(SPEC.grad))
             row = times_grad_output(row, grad_output, denominator, scale, i, counts, SPEC, REDUCED)
@@ -117,10 +133,7 @@ def gradient_kernel(x, target, weight, prior, grad, grad_output, denominator, ro
         x_rows, y_rows = x + offsets(i, tl.constexpr(SPEC.sizes), tl.constexpr(SPEC.x)), None
         if not SPEC.is_index: y_rows = target + offsets(i, tl.constexpr(SPEC.sizes), tl.constexpr(SPEC.y))
         rows = Rows(x=x_rows, y=y_rows, prior=prior, weight=weight, label=label, there=there, counts=counts)
-        m, exp_factor = tl.load(row_stats + i, mask=there, other=0.), tl.load(row_stats + n + i, mask=there, other=0.)
-        own, each = tl.load(row_stats + 2 * n + i, mask=there, other=0.), tl.load(row_stats + 3 * n + i, mask=there, other=0.)
-        row = RowGrad(m=m, exp_factor=exp_factor, own=own, each=tl.abs(each), uniform=each < 0)  # as the forward has stored it
-        row = times_grad_output(row, grad_output, denominator, scale, i, counts, SPEC, REDUCED)
+        row = times_grad_output(load_stats(row_stats, i, n, there), grad_output, denominator, scale, i, counts, SPEC, REDUCED)
         logits = load_logits(rows, start, k, True, SPEC, False).to(SPEC.acc)
         y, u = load_labels(rows, start, k, SPEC, False), load_prior(rows, start, k, SPEC)
         e = exp(logits - each_class(row.m))
