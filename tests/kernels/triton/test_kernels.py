@@ -143,6 +143,26 @@ def test_masked_classes_get_no_gradient_in_rows_that_are_lost(tile, early, cut):
         same_as_reference(x, y, weight=weight)
 
 
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('tile', TILES)
+def test_ignored_rows_get_no_gradient_where_the_mean_is_lost(tile, early, cut):
+    "since the weights of all rows that count are 0: of these it is nan"
+    cut(tile, early)
+    x, y = inputs()
+    y[1] = -100
+    grad = loss_and_grad(smooth_cross_entropy, x, y, weight=torch.zeros(10, dtype=torch.float64, device=DEVICE), backend='triton')[1]
+    assert not grad[1].any() and grad[0].isnan().all()
+
+
+@pytest.mark.parametrize('early', [False, True])
+def test_prefetching_ends_with_the_row(early, cut):
+    "the last block has four classes of eight: what is read past the last row is out of bounds"
+    cut(Tile(1, 8, 1, prefetch=True), early)
+    x, y = inputs(3, 12, torch.float32)
+    assert softmax.plan(x, SoftmaxTarget(y, True, Smoothing(), 1))[1].prefetch
+    same_as_reference(x, y, tolerance=1e-6)
+
+
 @pytest.mark.parametrize('tile', TILES[:2])
 def test_ticket_is_zero_again(tile, cut):
     cut(tile)
