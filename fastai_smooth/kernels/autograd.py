@@ -20,8 +20,8 @@ def eager_on_cpu(x, y) -> bool:
     """Are logits (contiguous, in float32 or float64) and targets plain tensors on the CPU, whose values can be read?
 
     Then PyTorch's own losses are as exact, and their gradient lies in memory as the logits do. It is asked in every call."""
-    return (type(x) is Tensor and type(y) is Tensor and x.is_cpu and x.dtype == accumulator(x) and x.is_contiguous()
-            and y.layout is torch.strided and not torch.compiler.is_compiling() and not transforming())
+    return (type(x) is Tensor and type(y) is Tensor and x.is_cpu and x.dtype == accumulator(x) and not (x.is_nested or y.is_nested)
+            and x.is_contiguous() and y.layout is torch.strided and not torch.compiler.is_compiling() and not transforming())
 
 def has_no_storage(*tensors) -> bool:
     "Is there no memory to hand to a kernel: under torch.func, or for tensors with no values?"

@@ -35,7 +35,7 @@ def coefficients(eps, left, positives=1, present=1, mass=None, others=False) -> 
     if mass is not None:
         uniform = mass == 0
         share = mass + left * uniform
-    each = eps / (share + (share <= 0))
+    each = eps / (share + (share <= 0))                  # where no class has a share, eps is 0 by now: 0/1
     own = own_masked - each * (present > 0) if others else own_masked  # u gives each class a share, positives too: taken back
     return Coefficients(own, each, own_masked, uniform)
 
@@ -44,7 +44,7 @@ def mean_over(weight, rows):
 
     Without a row it is 1, and the mean 0; where there are rows, whose weights are all 0, it is nan, as in PyTorch."""
     total = weight + (rows == 0)
-    return total / (total != 0)
+    return total / (total != 0)                          # 0/0 is nan
 
 # --- the softmax head -------------------------------------------------------------------------------------------------
 

@@ -1,15 +1,18 @@
-"A target and options of each kind for both losses, and the losses as formulas that autograd can do the rest of."
+"What the tests of the kernels share: options with their targets, the losses as formulas that autograd can do the rest of, layouts, ways."
+import os
+
 import pytest, torch
 import torch.nn.functional as F
 
-from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy, smooth_targets
-from reference import REDUCTIONS
+from fastai_smooth.kernels import sigmoid, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy, smooth_targets, softmax
+from reference import REDUCTIONS, distance
 
+ON_TRITON = os.environ.get('SMOOTH_TEST_BACKEND') == 'triton'   # triton/on_triton.py
+SETTINGS = int(os.environ.get('SMOOTH_TEST_SETTINGS', 400))     # random ones; fewer on a GPU, where each is compiled (benchmarks/gpu.sh)
 gen = torch.Generator().manual_seed(5)
 
-
 def rand(*shape): return torch.rand(shape, generator=gen, dtype=torch.float64)
-
+def logits(*shape): return 3 * torch.randn(*(shape or (4, 4)), dtype=torch.float64)
 
 INDEX, SOFT, HOT = torch.tensor([0, 3, 1, 2]), rand(4, 4).softmax(1), rand(4, 4) < .5
 W, S = rand(4) + .2, (2 * rand(4, 4)).softmax(1)
@@ -17,19 +20,14 @@ IGNORED = torch.tensor([0, -100, 1, 2])
 
 # name: (target, options) for logits of shape (4,4)
 SOFTMAX = {
-    'index': (INDEX, {}), 'eps 0': (INDEX, dict(eps=0.)), 'eps 1': (INDEX, dict(eps=1.)),
-    'others': (INDEX, dict(spread='others')), 'prior': (INDEX, dict(prior=S[0])), 'matrix': (INDEX, dict(prior=S)),
-    'per-class eps': (INDEX, dict(eps=W / 2)), 'weight': (INDEX, dict(weight=W)), 'ignored': (IGNORED, {}),
-    'weight, ignored': (IGNORED, dict(weight=W)), 'weight, prior': (INDEX, dict(weight=W, prior=S[0])),
-    'weight, matrix': (INDEX, dict(weight=W, prior=S)), 'weight, others': (INDEX, dict(weight=W, spread='others')),
-    'weight, per-class eps': (INDEX, dict(weight=W, eps=W / 2)),
-    'soft': (SOFT, {}), 'soft, weight': (SOFT, dict(weight=W)), 'soft, others': (SOFT, dict(spread='others')),
-    'soft, prior': (SOFT, dict(prior=S[0])), 'multi-hot': (HOT, dict(multi_hot=True)),
-    'multi-hot, weight': (HOT, dict(multi_hot=True, weight=W)),
-    'multi-hot, others': (HOT, dict(multi_hot=True, spread='others')), 'nothing left': (torch.full((4,), -100), {})}
+    'index': (INDEX, {}), 'eps 0': (INDEX, dict(eps=0.)), 'others': (INDEX, dict(spread='others')), 'prior': (INDEX, dict(prior=S[0])),
+    'per-class eps': (INDEX, dict(eps=W / 2)), 'ignored': (IGNORED, {}), 'weight, ignored': (IGNORED, dict(weight=W)),
+    'weight, prior': (INDEX, dict(weight=W, prior=S[0])), 'weight, matrix': (INDEX, dict(weight=W, prior=S)),
+    'soft': (SOFT, {}), 'soft, weight': (SOFT, dict(weight=W)), 'soft, others': (SOFT, dict(spread='others')), 'soft, prior': (SOFT, dict(prior=S[0])),
+    'multi-hot, weight': (HOT, dict(multi_hot=True, weight=W)), 'multi-hot, others': (HOT, dict(multi_hot=True, spread='others')),
+    'nothing left': (torch.full((4,), -100), {})}
 SIGMOID = {
-    'bool': (HOT, {}), 'integer': (HOT.long(), {}), 'float': (SOFT, {}), 'eps 0': (HOT, dict(eps=0.)),
-    'eps .5': (HOT, dict(eps=.5)), 'prior': (HOT, dict(prior=S[0])), 'weight': (HOT, dict(weight=W)),
+    'bool': (HOT, {}), 'integer': (HOT.long(), {}), 'eps 0': (HOT, dict(eps=0.)), 'eps .5': (HOT, dict(eps=.5)),
     'weight of an item': (HOT, dict(weight=W[:, None])), 'pos_weight': (HOT, dict(pos_weight=W)),
     'everything': (SOFT, dict(eps=.2, prior=S[0], weight=W, pos_weight=2 * W))}
 LOSSES = ([pytest.param(smooth_cross_entropy, *v, id=f'softmax {k}') for k, v in SOFTMAX.items()] +
@@ -37,13 +35,10 @@ LOSSES = ([pytest.param(smooth_cross_entropy, *v, id=f'softmax {k}') for k, v in
 every_option = pytest.mark.parametrize('loss_func,target,options', LOSSES)
 by_reduction = pytest.mark.parametrize('reduction', REDUCTIONS)
 
+def some_options(*names): return pytest.mark.parametrize('loss_func,target,options', [p for p in LOSSES if p.id in names])
 
-def logits(*shape): return 3 * torch.randn(*(shape or (4, 4)), dtype=torch.float64)
-
-
-def plain_loss(loss_func, x, target, eps=None, *, prior=None, spread='all', multi_hot=False, weight=None,
-               pos_weight=None, reduction='mean'):
-    "The same loss as a formula of differentiable torch ops, for logits of shape (N,K): autograd does the rest"
+def plain_loss(loss_func, x, target, eps=None, *, prior=None, spread='all', multi_hot=False, weight=None, pos_weight=None, reduction='mean'):
+    "The same loss as a formula of differentiable torch ops, for logits of shape (N,K): autograd does the rest."
     sigmoid, K = loss_func is smooth_bce, x.shape[1]
     if sigmoid:
         q = smooth_targets(target, K, eps, prior=prior, sigmoid=True).double()
@@ -58,28 +53,29 @@ def plain_loss(loss_func, x, target, eps=None, *, prior=None, spread='all', mult
     if reduction == 'mean': return each.sum() / denominator if kept.any() else each.sum()
     return each if reduction == 'none' else each.sum()
 
+LAYOUTS = 'contiguous', 'channels_last', 'transposed', 'sliced', 'offset'
 
-SHAPES = {'tall': (10000, 512), 'wide': (256, 20000), 'image': (4, 21, 256, 256), 'channels_last': (4, 21, 256, 256),
-          'transposed': (256, 20000), 'sliced': (256, 20000), 'volume': (2, 40, 8, 64, 128)}
+def lay_out(x, layout):
+    "The values of `x` with other strides."
+    if layout == 'channels_last': return x.movedim(1, -1).contiguous().movedim(-1, 1)     # any number of dimensions
+    if layout == 'transposed': return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == 'sliced': return torch.stack([x, x], -1)[..., 0]
+    if layout == 'offset': return torch.cat([x[:1], x])[1:]
+    return x.contiguous()
 
+def near(actual, expected, tolerance, floor=.1): return distance(floor + actual, floor + expected) < tolerance   # a loss of 1e-9 has no digits
+def cast(v, dtype): return v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+def cast_all(options, dtype): return {k: cast(v, dtype) for k, v in options.items()}
 
-def big_case(kind, option='index', dtype=torch.float32):
-    "(logits of about 20 MB, target, options)"
-    shape = SHAPES[kind]
-    K = shape[1]
-    x = torch.randn(shape).to(dtype)
-    if kind == 'channels_last': x = x.to(memory_format=torch.channels_last)
-    if kind == 'transposed': x = x.T.contiguous().T
-    if kind == 'sliced': x = torch.randn(shape[0], 2 * K).to(dtype)[:, ::2]
-    y, options = torch.randint(0, K, (shape[0], *shape[2:])), {}
-    if 'ignored' in option: y[torch.rand(y.shape) < .3] = -100
-    if 'soft' in option: y = torch.rand(shape).softmax(1)
-    if 'multi-hot' in option: y, options = torch.rand(shape) < 2 / K, dict(multi_hot=True)
-    if 'others' in option: options['spread'] = 'others'
-    if 'weight' in option: options['weight'] = torch.rand(K) + .5
-    if 'prior' in option: options['prior'] = torch.full((K,), 1 / K)
-    if option == 'matrix': options['prior'] = torch.rand(K, K).softmax(1)
-    if option == 'per-class eps': options['eps'] = torch.rand(K) / 2
-    if option == 'masked': x[:, 1:3] = -torch.inf; y[(y == 1) | (y == 2)] = 0
-    if kind == 'channels_last' and y.dim() == 4: y = y.to(memory_format=torch.channels_last)
-    return x, y, options
+# 'few' logits go to PyTorch's own loss; others through a 'loop', in one chunk or in 'chunks'. On Triton, on_triton.py cuts the work
+WAYS = ('few',) if ON_TRITON else ('few', 'loop', 'chunks')
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    "Each way to compute a loss, for small tensors too: a chunk is a row."
+    if request.param == 'few': return 'few'
+    for module in (softmax, sigmoid): monkeypatch.setattr(module, 'pytorch_loss', lambda *args: None)
+    if request.param == 'chunks':
+        monkeypatch.setattr(softmax, 'CHUNK_MB', 0)
+        monkeypatch.setattr(sigmoid, 'chunks', lambda x, *_, **__: [(slice(i, i + 1), ...) for i in range(len(x))] if x.dim() else [...])
+    return request.param
