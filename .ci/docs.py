@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Build the documentation site from the notebooks into `_docs/`, offline, and check it: `python .ci/docs.py`.
 
-nbdev processes the notebooks (it adds the API entries and the links), smalldocs renders them, math-core turns the formulas into
-MathML, which browsers draw without a script. `nbdev-docs` makes the same site where Quarto is installed, which is no Python package."""
-import html, links, re, shutil, sys, tomllib, yaml
+nbdev adds API entries and links, smalldocs renders, math-core makes MathML of formulas. With Quarto, `nbdev-docs` makes the same site."""
+import html, links, re, shutil, sys, tomllib, warnings, yaml
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from math_core import LatexToMathML
 from nbdev.serve import proc_nbs
 from smalldocs.cli import main as smalldocs
 
+warnings.filterwarnings('ignore', category=FutureWarning) # fastai's own use of torch.jit.script, which a page would show
 root = Path(__file__).resolve().parent.parent
 repo = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']['Repository']
 no_address = repo.startswith('https://example.org/')   # until the project has one, a link to its source would lead nowhere

@@ -31,10 +31,11 @@ from fastai.callback.schedule import *
 from torch.utils.data import TensorDataset
 
 from fastai_smooth.all import *
-from fastai_smooth.bench import machine
-from fastai_smooth.images import BadInput, digits, fashion, flip_labels
-from fastai_smooth.pilot import raw_preds
+from fastai_smooth.cli import BadInput
+from fastai_smooth.images import digits, fashion, flip_labels
+from fastai_smooth.predictions import raw_preds
 from fastai_smooth.temperature import cross_fitted
+from machine import machine
 
 GRID, NOISES, LR, K = [0., .05, .1, .2, .4], [0., .2, .4], 1e-3, 10
 SIZES = dict(digits=(1000, 300), Fashion=(3000, 1000))   # to train on, to validate

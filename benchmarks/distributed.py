@@ -16,8 +16,8 @@ import torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.f
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastai_smooth.bench import machine
 from fastai_smooth.kernels import global_mean, mean_denominator, smooth_cross_entropy
+from machine import machine
 
 
 def process(rank, n, folder, f, args):

@@ -12,9 +12,9 @@ import torch, torch.nn.functional as F
 from triton.runtime.jit import JITFunction
 from torch.profiler import ProfilerActivity, profile
 
-from fastai_smooth.bench import machine
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
 from fastai_smooth.kernels.triton import launch, softmax
+from machine import machine
 
 DEVICE, EPS, SIGMOID_EPS = 'cuda', .1, .05
 START = time.time()

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch, torch.nn.functional as F
 
-from fastai_smooth.bench import machine
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits, smooth_cross_entropy
+from machine import machine
 
 EPS, SIGMOID_EPS = .1, .05
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, of loss and gradient

@@ -5,8 +5,9 @@ from .losses import *
 from .prior import *
 from .callback import *
 from .learner import *
-from .calibration import (nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error, null_floor, bootstrap_interval,
-                          NLL, Brier, ECE, ClasswiseECE, SmoothECE)
+from .measures import nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error
+from .intervals import null_floor, bootstrap_interval
+from .metrics import NLL, Brier, ECE, ClasswiseECE, SmoothECE
 from .temperature import best_temperature
 from .interpret import CalibrationInterpretation
 from .tune import EpsSuggestion

@@ -6,6 +6,7 @@
 __all__ = ['MultiLabelSmoothingCallback', 'LabelSmoothingScheduler']
 
 # %% ../nbs/03_callback.ipynb #abc0c15a
+from traceback import walk_stack
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
@@ -13,185 +14,130 @@ import fastai.losses
 from .kernels.checks import check_eps, check_prior, label_prior, warn
 from .kernels.targets import eps_pair, smooth_labels
 from .losses import *
-from .losses import _given_axis
+from .losses import given_axis
 from .prior import train_prior
 
 # %% ../nbs/03_callback.ipynb #a5a50fbc
-def _is_training(learn):
-    "Is this called from a training of `learn`? The stack knows; all else an exception leaves as it was."
-    frame = sys._getframe()
-    while frame and not (frame.f_code.co_name == '_do_epoch_train' and frame.f_locals.get('self') is learn): frame = frame.f_back
-    return frame is not None
+smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits,
+                    LabelSmoothingBCEWithLogitsFlat, fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
 
-def _set_loss(learn, loss):
+def set_loss(learn, loss):
     "Makes `loss` the one that `base_loss` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
     owner = getattr(learn.loss_func, '__self__', None)
-    if isinstance(owner, MixHandler) and _is_training(learn): owner.old_lf = loss
+    stack = walk_stack(sys._getframe()) # which knows whether `learn` trains; all else an exception leaves as it was
+    trains = any(f.f_code.co_name == '_do_epoch_train' and f.f_locals.get('self') is learn for f,_ in stack)
+    if isinstance(owner, MixHandler) and trains: owner.old_lf = loss
     else: learn.loss_func = loss
 
-_smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat,
-                     fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
-
-def _check_hard(loss):
-    "Raises unless `loss` is one that hard multi-label targets can be smoothed for."
-    name = loss_name(loss)
-    if isinstance(loss, _smoothing_losses) or getattr(getattr(loss, 'func', loss), 'label_smoothing', 0):
-        raise ValueError(f'{name} smooths labels already: use it or MultiLabelSmoothingCallback, not both')
-    if getattr(loss, 'y_int', False) or isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy: raise TypeError(_one_class.format(name))
-
-_one_class = '{} is for one class a row, given by its index: use loss_func=LabelSmoothingCrossEntropyFlat(), or CrossEntropyLossFlat() and Learner.to_smooth(), not this callback'
-
 # %% ../nbs/03_callback.ipynb #85ca0beb
-class _SmoothedTargets(tuple):
-    "What `learn.yb` is between `before_backward` and `after_backward`; `hard` is what it was before."
-    hard = None
-
 class MultiLabelSmoothingCallback(Callback):
-    """Smooths multi-label targets during training: a positive becomes 1-eps, a negative eps, and a soft label y y*(1-2eps)+eps.
+    """Smooths multi-label targets in training: a positive becomes 1-eps, a negative eps, and a soft label y y*(1-2eps)+eps.
 
     Works with any loss of logits and floating targets (`BCEWithLogitsLossFlat`, with pos_weight, or your own). The loss that is
-    backpropagated, and that the Recorder logs, is that of the smoothed target, with all that other callbacks did to it; `learn.yb` is
-    smoothed from `before_backward` to `after_backward`. Metrics, later callbacks and validation see hard labels.
-
-    Raises a ValueError for an eps or a prior out of range, and when a fit starts on a Learner with a second one, with a loss that smooths
-    by itself, or with targets outside [0,1], as a regression has; a TypeError for a loss of class indices, and where there is not exactly
-    one target, with an element for each prediction; an IndexError for an `axis` of the loss that the predictions lack; a RuntimeError
-    where another callback put a loss of its own in place of `learn.loss_grad`.
+    backpropagated, and that the Recorder logs, is that of the smoothed targets, with all that other callbacks do to it. `learn.yb` is
+    smoothed from `before_backward` to `after_backward`; metrics, later callbacks and validation see hard labels.
     A vectorised version of the forum's callback (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
     order,run_valid = -math.inf,False # before all others: what they do to the loss, they do to the smoothed one
     _stateattrs = ('_frequencies','_reached')
-    _frequencies = None
-    _reached = True
+    _frequencies,_reached = None,True
 
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]; Keras' `label_smoothing` is twice that
         prior:Tensor|str=None # [K] label frequencies in [0,1] to smooth to instead of 1/2; 'train': those of `dls.train`
-    ):
-        self.eps,self.prior = eps,prior
+    ): self.eps,self.prior = eps,prior
+
+    def __setattr__(self, name, v):
+        if name == 'eps':
+            v = check_eps(v, .5)
+            if v == .5: warn('eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
+        if name == 'prior' and isinstance(v, str) and v != 'train': raise ValueError(f"prior must be a tensor or 'train', got {v!r}")
+        if name == 'prior' and not (v is None or isinstance(v, str)): check_prior(v, sigmoid=True)
+        super().__setattr__(name, v)
 
     def __repr__(self): return f'{super().__repr__()}(eps={self.eps:g}' + ('' if self.prior is None else f', prior={self.prior!r}') + ')'
 
-    @property
-    def eps(self):
-        "How much is smoothed, in [0,1/2]; can be set."
-        return self._eps
-
-    @eps.setter
-    def eps(self, v):
-        self._eps = check_eps(v, .5)
-        if self._eps == .5: warn('eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
-
-    @property
-    def prior(self):
-        "What is smoothed to instead of 1/2; can be set."
-        return self._prior
-
-    @prior.setter
-    def prior(self, v):
-        if isinstance(v, str):
-            if v != 'train': raise ValueError(f"prior must be a tensor or 'train', got {v!r}")
-        elif v is not None: check_prior(v, sigmoid=True)
-        self._prior = v
-
-    def before_fit(self):
-        "Refuse what can't work, before anything is trained; and count labels anew, but not for a validation, which holds `learn.lock`"
-        if not self.learn.lock.locked(): self._frequencies = None
-        if len(self.learn._grab_cbs(MultiLabelSmoothingCallback)) > 1:
-            raise ValueError('this Learner has two MultiLabelSmoothingCallbacks: take one out with learn.remove_cb')
-        _check_hard(base_loss(self.learn.loss_func))
-
-    def before_train(self): self._u()
-
     def after_pred(self):
-        "A target that does not fit would fail in the loss, less clearly"
-        if isinstance(self.pred, Tensor): self._check_target()
-
-    def after_loss(self):
-        "Put the smoothed loss in place of the hard one, before another callback builds on that"
-        self._check_target()
-        if self.train_iter == 0: self._check_labels()
-        loss = self.learn.loss_func(self.pred, self._smoothed(self.yb[0]))
-        self._reached = not loss.requires_grad
-        if loss.requires_grad: loss.register_hook(self._reach)
-        self.learn.loss,self.learn.loss_grad = loss,loss.clone() # others change loss_grad in place
-
-    def before_backward(self):
-        "Show the smoothed target to whoever looks"
-        yb = _SmoothedTargets([self._smoothed(self.yb[0])])
-        yb.hard,self.learn.yb = self.learn.yb,yb
-
-    def after_backward(self):
-        "Hard labels again; and did the gradient come from the smoothed loss?"
-        self._restore()
-        if not self._reached: raise RuntimeError('another callback put a loss of its own in place of loss_grad: it has no part to smooth')
-
+        if isinstance(self.pred, Tensor): self._check_target() # else it would fail in the loss, less clearly
     def after_cancel_backward(self): self._reached = True # there is no gradient
-    def after_cancel_batch(self): self._restore()
+    def after_cancel_batch(self):
+        "Hard labels again, the very object; before the first batch there are none"
+        yb = getattr(self.learn, 'yb', None)
+        if isinstance(yb, _SmoothedTargets): self.learn.yb = yb.hard
     after_cancel_train=after_cancel_epoch=after_cancel_fit = after_cancel_batch
 
-# %% ../nbs/03_callback.ipynb #mlhelper
-@patch
-def _reach(self:MultiLabelSmoothingCallback, grad): self._reached = True
+# %% ../nbs/03_callback.ipynb #cbevents
+class _SmoothedTargets(tuple):
+    "What `learn.yb` is between `before_backward` and `after_backward`; `hard` is what it was before."
 
 @patch
-def _restore(self:MultiLabelSmoothingCallback):
-    "Put back the hard labels, the very object; before the first batch there are none"
-    yb = getattr(self.learn, 'yb', None)
-    if isinstance(yb, _SmoothedTargets): self.learn.yb = yb.hard
+def before_train(self:MultiLabelSmoothingCallback):
+    "Count labels, once a fit, and before anything is trained: there may be none"
+    if not isinstance(self.prior, str) or self._frequencies is not None: return
+    self._frequencies = train_prior(self.dls, multi=True, axis=given_axis(base_loss(self.learn.loss_func)))
 
 @patch
-def _u(self:MultiLabelSmoothingCallback):
-    "The prior [K], or None; label frequencies are counted once a fit"
-    if not isinstance(self.prior, str): return self.prior
-    if self._frequencies is None: self._frequencies = train_prior(self.dls, multi=True, axis=_given_axis(base_loss(self.learn.loss_func)))
-    return self._frequencies
+def after_loss(self:MultiLabelSmoothingCallback):
+    "Put the smoothed loss in place of the hard one, before another callback builds on that"
+    self._check_target()
+    loss = self.learn.loss_func(self.pred, self._smoothed(self.yb[0]))
+    self._reached = not loss.requires_grad
+    if loss.requires_grad: loss.register_hook(lambda grad: setattr(self, '_reached', True))
+    self.learn.loss,self.learn.loss_grad = loss,loss.clone() # others change loss_grad in place
+
+@patch
+def before_backward(self:MultiLabelSmoothingCallback): # whoever looks sees the smoothed target
+    yb = _SmoothedTargets([self._smoothed(self.yb[0])])
+    yb.hard,self.learn.yb = self.learn.yb,yb
+
+@patch
+def after_backward(self:MultiLabelSmoothingCallback): # hard labels again; and did the gradient come from the smoothed loss?
+    self.after_cancel_batch()
+    if not self._reached: raise RuntimeError('another callback put a loss of its own in place of loss_grad: it has no part to smooth')
 
 @patch
 def _smoothed(self:MultiLabelSmoothingCallback, y):
     "q, of the shape of `y`; the prior lies along the labels of the predictions"
     if not y.is_floating_point(): y = y.to(self.pred.dtype)
-    u = self._u()
-    if u is None: return smooth_labels(y, self.eps, self.eps)
-    u = label_prior(u.to(y.device, y.dtype), self.pred.shape, _given_axis(base_loss(self.learn.loss_func)))
+    self.before_train() # the prior may have been set since
+    u = self._frequencies if isinstance(self.prior, str) else self.prior
+    if u is not None: u = label_prior(u.to(y.device, y.dtype), self.pred.shape, given_axis(base_loss(self.learn.loss_func)))
     return smooth_labels(y.reshape(self.pred.shape), *eps_pair(self.eps, u)).reshape(y.shape)
 
+# %% ../nbs/03_callback.ipynb #mlhelper
+_one_class = ('{} is for one class a row, given by its index: use loss_func=LabelSmoothingCrossEntropyFlat(), '
+              'or CrossEntropyLossFlat() and Learner.to_smooth(), not this callback')
+
 @patch
-def _check_labels(self:MultiLabelSmoothingCallback):
-    "Once a fit, as looking at values makes a GPU wait. Unknown labels are nan"
-    y = self.yb[0]
-    if not ((y < 0) | (y > 1)).any(): return
-    raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
-                     f'{loss_name(base_loss(self.learn.loss_func))}: a regression has no labels to smooth')
+def before_fit(self:MultiLabelSmoothingCallback):
+    "Refuse what can't work, before anything is trained; and count labels anew, but not for a validation, which holds `learn.lock`"
+    if not self.learn.lock.locked(): self._frequencies = None
+    if len(self.learn._grab_cbs(MultiLabelSmoothingCallback)) > 1:
+        raise ValueError('this Learner has two MultiLabelSmoothingCallbacks: take one out with learn.remove_cb')
+    loss = base_loss(self.learn.loss_func)
+    if isinstance(loss, smoothing_losses) or getattr(getattr(loss, 'func', loss), 'label_smoothing', 0):
+        raise ValueError(f'{loss_name(loss)} smooths labels already: use it or MultiLabelSmoothingCallback, not both')
+    if getattr(loss, 'y_int', False) or isinstance(loss, nn.CrossEntropyLoss) or loss is F.cross_entropy:
+        raise TypeError(_one_class.format(loss_name(loss)))
 
 @patch
 def _check_target(self:MultiLabelSmoothingCallback):
-    "One target, as many elements as predictions: (N,) goes with (N,1), which fastai's losses flatten; and a prior that fits"
+    "One target, as many elements as predictions: (N,) goes with (N,1), which fastai's losses flatten; and labels"
     if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')
     y,pred = self.yb[0],self.pred
     if not (isinstance(y, Tensor) and isinstance(pred, Tensor) and y.numel() == pred.numel()):
-        shape = getattr(pred, 'shape', None)
         if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
-        raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {shape}, got {getattr(y, "shape", type(y))}')
-    if (u := self._u()) is not None: label_prior(u, pred.shape, _given_axis(base_loss(self.learn.loss_func)))
-
-# %% ../nbs/03_callback.ipynb #ae9bcba7
-def _eps_owner(learn):
-    "The object whose `eps` rules the smoothing of `learn`: its loss, or its callback."
-    loss = base_loss(learn.loss_func)
-    if isinstance(loss, fastai.losses.LabelSmoothingCrossEntropyFlat): return loss.func # setting it on the loss does nothing
-    if isinstance(loss, _smoothing_losses): return loss
-    cbs = learn._grab_cbs(MultiLabelSmoothingCallback)
-    if cbs: return cbs[0]
-    raise TypeError(f'LabelSmoothingScheduler needs a loss or callback that smooths, the loss is {type(loss).__name__}: try learn.to_smooth() first')
+        raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {getattr(pred, "shape", None)}, '
+                        f'got {getattr(y, "shape", type(y))}')
+    if self.train_iter == 0 and ((y < 0) | (y > 1)).any(): # once a fit: to look at values makes a GPU wait. Unknown labels are nan
+        raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
+                         f'{loss_name(base_loss(self.learn.loss_func))}: a regression has no labels to smooth')
 
 # %% ../nbs/03_callback.ipynb #ecdef314
 class LabelSmoothingScheduler(Callback):
     """Sets `eps` before each training batch to `sched(pct_train)`, for any fastai schedule such as `SchedCos(.2, 0.)`.
 
-    Validation, and all else but training, goes by the configured eps, which is back after the fit; an eps that you set meanwhile is then
-    the configured one. `pct_train` is fastai's, which a validation that a callback starts sets back to 0. The values are in `recorder.hps['eps']` after the fit (`recorder.plot_sched()`).
-    Raises a TypeError for a `sched` that is no function, and when a fit starts on a Learner that has nothing to smooth with; a
-    ValueError at the first batch for which `sched` gives an eps out of range."""
+    Validation, and all else but training, goes by the configured eps, which is back after the fit; an eps that you set meanwhile is kept.
+    The values are in `recorder.hps['eps']` then (`recorder.plot_sched()`). A validation that a callback starts sets `pct_train` to 0."""
     order,run_valid = math.inf,False # the last before the loss; and after ParamScheduler, whose after_fit overwrites recorder.hps
     _stateattrs = ('_owner','_configured','_scheduled')
     _owner=_configured=_scheduled = None
@@ -215,27 +161,37 @@ class LabelSmoothingScheduler(Callback):
     def after_train(self): self._put_back()
     after_cancel_train=after_cancel_epoch=after_cancel_fit = after_train
 
-    def after_fit(self):
-        if self.learn.lock.locked(): return
-        values,self.eps_values = self.eps_values,[]
-        if not (values and hasattr(self.learn, 'recorder')): return
-        this_fit = {k:v for cb in self.learn._grab_cbs(ParamScheduler) for k,v in getattr(cb, 'hps', {}).items()}
-        self.learn.recorder.hps = {**this_fit, 'eps': values}
-
-    def _schedule(self):
-        "Set eps; what it is now was configured, or set by the user since, unless it is what was set here"
-        owner = _eps_owner(self.learn)
-        if owner is not self._owner or owner.eps is not self._scheduled:
-            self._put_back()
-            self._owner,self._configured = owner,owner.eps
-        owner.eps = check_eps(self.sched(self.pct_train))
-        self._scheduled = owner.eps
-
-    def _put_back(self):
-        "The configured eps, unless another was set since"
-        if self._owner is not None and self._owner.eps is self._scheduled: self._owner.eps = self._configured
-        self._owner = None
-
     def __setattr__(self, name, value):
         if name=='learn' and value is None: self._put_back() # taken off the Learner, perhaps by an exception
         super().__setattr__(name, value)
+
+# %% ../nbs/03_callback.ipynb #schedhelp
+def _eps_owner(learn):
+    "The object whose `eps` rules the smoothing of `learn`: its loss, or its callback."
+    loss,cbs = base_loss(learn.loss_func),learn._grab_cbs(MultiLabelSmoothingCallback)
+    if isinstance(loss, smoothing_losses): return getattr(loss, 'func', loss) # fastai's own heeds the eps of its func alone
+    if cbs: return cbs[0]
+    raise TypeError(f'LabelSmoothingScheduler needs a loss or callback that smooths, the loss is {loss_name(loss)}: try learn.to_smooth()')
+
+@patch
+def _schedule(self:LabelSmoothingScheduler):
+    "Set eps; what it is now was configured, or set by the user since, unless it is what was set here"
+    owner = _eps_owner(self.learn)
+    if owner is not self._owner or owner.eps is not self._scheduled:
+        self._put_back()
+        self._owner,self._configured = owner,owner.eps
+    owner.eps = check_eps(self.sched(self.pct_train))
+    self._scheduled = owner.eps
+
+@patch
+def _put_back(self:LabelSmoothingScheduler):
+    "The configured eps, unless another was set since"
+    if self._owner is not None and self._owner.eps is self._scheduled: self._owner.eps = self._configured
+    self._owner = None
+
+@patch
+def after_fit(self:LabelSmoothingScheduler):
+    if self.learn.lock.locked() or not self.eps_values: return
+    this_fit = {k:v for cb in self.learn._grab_cbs(ParamScheduler) for k,v in getattr(cb, 'hps', {}).items()}
+    if hasattr(self.learn, 'recorder'): self.learn.recorder.hps = {**this_fit, 'eps': self.eps_values}
+    self.eps_values = []

@@ -8,18 +8,16 @@ __all__ = ['vision_learner', 'unet_learner', 'SmoothedCrossEntropyFlat', 'LabelS
 # %% ../nbs/04_learner.ipynb #8941f9e1
 from fastai.basics import *
 import fastai.losses, fastai.vision.learner, functools, inspect
-from .kernels.checks import check_values
+from .kernels.checks import check_values, warn
 from .losses import *
-from .losses import _given_axis
+from .losses import given_axis
 from .prior import train_prior
-from .callback import MultiLabelSmoothingCallback, _set_loss, _smoothing_losses
-from .kernels.checks import warn
+from .callback import MultiLabelSmoothingCallback, set_loss, smoothing_losses
 
 # %% ../nbs/04_learner.ipynb #bce3be66
 class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
-    """What `Learner.to_smooth` installs: smooths where the logits get a gradient, and is plain cross entropy elsewhere, unless `smooth_valid`.
-
-    In nats. Parameters, shapes and sources are those of `LabelSmoothingCrossEntropyFlat`. Raises what `LabelSmoothingCrossEntropyFlat` raises."""
+    """What `Learner.to_smooth` installs: a `LabelSmoothingCrossEntropyFlat` that smooths where the logits get a gradient, and is plain
+    cross entropy elsewhere, unless `smooth_valid`; in nats."""
     def __init__(self, *args,
         hard, # The loss it replaces
         smooth_valid:bool=False, # Smooth everywhere
@@ -29,106 +27,87 @@ class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
         self.hard,self.smooth_valid = hard,smooth_valid
 
     def __repr__(self): return f'{super().__repr__()}, smooth_valid={self.smooth_valid}'
-
     def __call__(self, inp, targ, **kwargs):
         training = torch.is_grad_enabled() and inp.requires_grad
         if not (training or self.smooth_valid): kwargs['eps'] = 0.
         return super().__call__(inp, targ, **kwargs)
 
 # %% ../nbs/04_learner.ipynb #4d3d98ef
-def _func_options(f): return dict(weight=f.weight, ignore_index=f.ignore_index, reduction=f.reduction)
-def _flat_options(loss): return dict(axis=loss.axis, flatten=loss.flatten)
-_functional = dict(axis=1, flatten=False)
-
-_softmax_options = { # type of loss -> the options to carry over
-    fastai.losses.CrossEntropyLossFlat: lambda o: _func_options(o.func) | _flat_options(o),
-    fastai.losses.LabelSmoothingCrossEntropyFlat: lambda o: dict(weight=o.func.weight, reduction=o.reduction) | _flat_options(o),
-    LabelSmoothingCrossEntropyFlat: lambda o: (_func_options(o.func) | _flat_options(o)
-                                               | dict(multi_hot=o.func.multi_hot, backend=o.func.backend)),
-    nn.CrossEntropyLoss: lambda o: _func_options(o) | _functional,
-}
-_sigmoid_losses = fastai.losses.BCEWithLogitsLossFlat, nn.BCEWithLogitsLoss
+softmax_losses = CrossEntropyLossFlat, fastai.losses.LabelSmoothingCrossEntropyFlat, LabelSmoothingCrossEntropyFlat, nn.CrossEntropyLoss
+sigmoid_losses = BCEWithLogitsLossFlat, nn.BCEWithLogitsLoss
 _regressions = nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss
 _regression_functions = F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss
 
-def _options(loss):
-    "Options of `LabelSmoothingCrossEntropyFlat` that carry over from `loss`; None where the callback is the thing."
-    if loss is F.cross_entropy: return _functional
-    if type(loss) in _softmax_options: return _softmax_options[type(loss)](loss)
-    if type(loss) in _sigmoid_losses: return None
+def is_regression(loss):
+    "Is `loss`, or the one inside fastai's, for targets that are numbers?"
     func = getattr(loss, 'func', loss)
-    if isinstance(func, _regressions) or func in _regression_functions:
-        raise TypeError(f'{loss_name(func)} is for regression, where targets are numbers: there are no labels to smooth')
-    supported = ', '.join(dict.fromkeys(t.__name__ for t in (*_softmax_options, *_sigmoid_losses))) # ours has the name of fastai's
+    return isinstance(func, _regressions) or func in _regression_functions
+
+def softmax_options(loss):
+    "Options of `LabelSmoothingCrossEntropyFlat` that carry over from `loss`; a TypeError for one that the list knows nothing of."
+    f = getattr(loss, 'func', loss)
+    if loss is F.cross_entropy or type(loss) in softmax_losses:
+        layout = dict(axis=1, flatten=False) if f is loss else dict(axis=loss.axis, flatten=loss.flatten)
+        return layout | {o: getattr(f, o) for o in ('weight','ignore_index','reduction','multi_hot','backend') if hasattr(f, o)}
+    if is_regression(loss): raise TypeError(f'{loss_name(f)} is for regression, where targets are numbers: there are no labels to smooth')
+    supported = ', '.join(dict.fromkeys(t.__name__ for t in softmax_losses + sigmoid_losses)) # ours has the name of fastai's
     raise TypeError(f"can't smooth the labels of {loss_name(loss)}: supported are {supported} and F.cross_entropy "
                     "(exactly these, no subclasses). Pass a loss that smooths as loss_func= instead")
 
 # %% ../nbs/04_learner.ipynb #80bdc621
-def _resolved(prior, dls, **kwargs):
-    "`prior`, with the label frequencies counted where it is 'train'."
-    if not isinstance(prior, str):
-        if isinstance(prior, Tensor): check_values('prior', prior)
-        return prior
-    if prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
-    return train_prior(dls, **kwargs)
-
-def _smooth_sigmoid(loss, dls, eps, prior, spread, smooth_valid):
-    if smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
-                                      'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
-    if spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
-    return MultiLabelSmoothingCallback(ifnone(eps, .05), _resolved(prior, dls, multi=True, axis=_given_axis(loss)))
-
-def _smooth_softmax(loss, options, dls, eps, prior, spread, smooth_valid):
-    if isinstance(c := getattr(dls, 'c', None), int) and c == 1: warn('these data have one class: the loss is 0 whatever is predicted, there is nothing to learn or smooth')
-    prior = _resolved(prior, dls, ignore_index=options.get('ignore_index', -100))
-    return SmoothedCrossEntropyFlat(ifnone(eps, .1), prior=prior, spread=spread, hard=loss, smooth_valid=smooth_valid, **options)
+def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
+    "The loss and the callbacks that smooth as asked, where `loss` was found"
+    multi = type(loss) in sigmoid_losses
+    options = {} if multi else softmax_options(loss)
+    if multi and smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
+                                                'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
+    if multi and spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
+    if isinstance(prior, str) and prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
+    if isinstance(prior, str): prior = train_prior(dls, multi, options.get('ignore_index', -100), given_axis(loss) if multi else None)
+    if multi: return loss,[MultiLabelSmoothingCallback(ifnone(eps, .05), prior)]
+    check_values('prior', prior)
+    one_class = isinstance(c := getattr(dls, 'c', None), int) and c == 1
+    if one_class: warn('these data have one class: the loss is 0 whatever is predicted, there is nothing to learn or smooth')
+    return SmoothedCrossEntropyFlat(ifnone(eps, .1), prior=prior, spread=spread, hard=loss, smooth_valid=smooth_valid, **options),[]
 
 def _with_temperature_of(learn, loss):
     "`loss`, with the temperature of `learn` where one was fitted."
     fitted = getattr(base_loss(learn.loss_func), 'activation', None)
     t = getattr(fitted, 'temperature', None)
-    if t is None: return loss
-    if hasattr(loss, 'activation'): return tempered(loss, t, fitted.interval)
-    warn(f'the temperature {t} is dropped: {loss_name(loss)} has no activation to keep it in')
+    if t is not None and hasattr(loss, 'activation'): return tempered(loss, t, fitted.interval)
+    if t is not None: warn(f'the temperature {t} is dropped: {loss_name(loss)} has no activation to keep it in')
     return loss
 
 def _found_loss(learn):
-    "The loss that `to_smooth` finds, or found before it installed its own."
+    "The loss that `to_smooth` finds, or found before it installed its own: by attribute, as reloading makes new classes."
     loss = untempered(base_loss(learn.loss_func))
-    return getattr(loss, 'hard', loss) if isinstance(loss, LabelSmoothingCrossEntropyFlat) else loss # by attribute: reloading makes new classes
+    return getattr(loss, 'hard', loss) if isinstance(loss, LabelSmoothingCrossEntropyFlat) else loss
 
 # %% ../nbs/04_learner.ipynb #ad81fcce
 @patch
 def to_smooth(self:Learner,
-    eps:float=None, # Smoothing in [0,1] (None: .1), for multi-label losses in [0,1/2] (None: .05), or what `eps_find` gave; one-class losses also take a Tensor[K]
+    eps:float=None, # Smoothing in [0,1] (None: .1; or a Tensor[K]), in [0,1/2] for multi-label losses (None: .05), or what `eps_find` gave
     *,
-    prior:Tensor|str=None, # Where the mass goes: Tensor[K], for one-class losses also [K,K], or 'train' for the label frequencies of `dls.train`
+    prior:Tensor|str=None, # Where the mass goes: Tensor[K], for one-class losses also [K,K]; 'train': the label frequencies of `dls.train`
     spread:str='all', # One-class losses: 'all' (true class 1-eps+eps/K, others eps/K) or 'others' (1-eps, eps/(K-1))
     smooth_valid:bool=False # Smooth the validation loss too
 ) -> Learner: # self
-    """Turns label smoothing on, as fits the loss of this Learner, for training only unless `smooth_valid`.
+    """Turns label smoothing on, as fits the loss of this Learner, for training only unless `smooth_valid`; `to_hard` undoes it.
 
-    `CrossEntropyLossFlat`, fastai's or this package's label smoothing loss, `nn.CrossEntropyLoss` and `F.cross_entropy` are replaced by
+    Cross entropy (`CrossEntropyLossFlat`, `nn.CrossEntropyLoss`, `F.cross_entropy`, or smoothed already) is replaced by a
     `LabelSmoothingCrossEntropyFlat` with the same class axis, weight, ignore_index and reduction. To `BCEWithLogitsLossFlat` and
-    `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added. Called again, it replaces what it did before; `to_hard` undoes it.
-    The loss it found is left as it is.
-
-    Raises a TypeError for any other loss, and for `prior='train'` where the labels can't be counted, and a ValueError for options out of
-    range; the Learner is then unchanged."""
+    `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added. Any other loss is a TypeError, and the Learner is unchanged."""
     eps = getattr(eps, 'eps', eps) # what eps_find suggests
-    if isinstance(eps, str): raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
-    loss,cbs = _found_loss(self),[]
-    options = _options(loss)
-    if options is None: new,cbs = loss,[_smooth_sigmoid(loss, self.dls, eps, prior, spread, smooth_valid)]
-    else: new = _smooth_softmax(loss, options, self.dls, eps, prior, spread, smooth_valid)
+    if isinstance(eps, str):
+        raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
+    new,cbs = _smooth_parts(_found_loss(self), self.dls, eps, prior, spread, smooth_valid)
     self.remove_cb(MultiLabelSmoothingCallback)
-    _set_loss(self, _with_temperature_of(self, new))
+    set_loss(self, _with_temperature_of(self, new))
     return self.add_cbs(cbs)
 
-# %% ../nbs/04_learner.ipynb #flagcls1
+# %% ../nbs/04_learner.ipynb #93f8f6e4
 class LabelSmoothingFlag(Callback):
-    """Carries `label_smoothing=` out again as a training starts, where a Learner's own `__init__` has set another loss since. Raises what
-    `Learner.to_smooth` raises."""
+    "Carries `label_smoothing=` out again as a training starts, where a Learner's own `__init__` has set another loss since."
     order = -math.inf # before the training is looked at by others
     def __init__(self,
         label_smoothing:float|bool # What the Learner was made with: True, or an eps in [0,1]
@@ -136,25 +115,27 @@ class LabelSmoothingFlag(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # a validation or prediction, which fastai holds this lock for
-        smooths = isinstance(untempered(base_loss(self.learn.loss_func)), _smoothing_losses)
+        smooths = isinstance(untempered(base_loss(self.learn.loss_func)), smoothing_losses)
         if not (smooths or self.learn._grab_cbs(MultiLabelSmoothingCallback)): _smoothed(self.learn, self.label_smoothing)
 
-# %% ../nbs/04_learner.ipynb #93f8f6e4
 @patch
 def to_hard(self:Learner) -> Learner: # self
-    """Turns smoothing off: the loss that `to_smooth` found is back, the very object, and a `MultiLabelSmoothingCallback` is gone.
-
-    Raises a ValueError where there is nothing to undo."""
+    """Turns smoothing off: the loss that `to_smooth` found is back, the very object (a copy where a
+    temperature is kept), and a `MultiLabelSmoothingCallback` is gone."""
     loss,cbs = _found_loss(self),self._grab_cbs((MultiLabelSmoothingCallback,LabelSmoothingFlag))
     if loss is untempered(base_loss(self.loss_func)) and not cbs:
         ours = isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat))
         raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it'
                          + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if ours else ''))
-    _set_loss(self, _with_temperature_of(self, loss))
+    set_loss(self, _with_temperature_of(self, loss))
     return self.remove_cbs(cbs)
 
 # %% ../nbs/04_learner.ipynb #c7b0567c
-_flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, default=None, annotation='float|bool')
+def _flag_signature(f):
+    sig = inspect.signature(f)
+    flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, default=None, annotation='float|bool')
+    params = {**sig.parameters, flag.name: flag}
+    return sig.replace(parameters=sorted(params.values(), key=lambda p: p.kind))
 
 def _smoothed(learn, label_smoothing):
     "`learn` with the flag carried out: None and False are off, True is the default, a number is eps."
@@ -162,34 +143,24 @@ def _smoothed(learn, label_smoothing):
     try: return learn.to_smooth(None if label_smoothing is True else label_smoothing)
     except (TypeError,ValueError) as e: raise type(e)(f'label_smoothing={label_smoothing!r}: {e}') from e
 
-def _with_flag(f):
-    "The signature of `f` with `label_smoothing` added."
-    sig = inspect.signature(f)
-    params = [p for p in sig.parameters.values() if p.name != _flag.name]
-    i = next((i for i,p in enumerate(params) if p.kind is p.VAR_KEYWORD), len(params))
-    return sig.replace(parameters=params[:i] + [_flag] + params[i:])
-
-# %% ../nbs/04_learner.ipynb #5fa516f4
 _fastai_init = getattr(Learner.__init__, '_fastai_init', Learner.__init__) # fastai's own, also when this module is reloaded
 
 @functools.wraps(_fastai_init)
 def _init(self, *args, label_smoothing=None, **kwargs):
     _fastai_init(self, *args, **kwargs)
     _smoothed(self, label_smoothing)
-    of_subclass = type(self).__init__ is not _init # one that is not through yet
-    if of_subclass and not (label_smoothing is None or label_smoothing is False): self.add_cb(LabelSmoothingFlag(label_smoothing))
+    if type(self).__init__ is _init or label_smoothing is None or label_smoothing is False: return
+    self.add_cb(LabelSmoothingFlag(label_smoothing)) # of a subclass, which is not through yet
 
-_init._fastai_init,_init.__signature__ = _fastai_init,_with_flag(_fastai_init)
+_init._fastai_init,_init.__signature__ = _fastai_init,_flag_signature(_fastai_init)
 Learner.__init__ = _init
 
-# %% ../nbs/04_learner.ipynb #439b5c02
-def _wrapped(f):
-    "`f`, which makes a Learner, with the flag."
+def _with_flag(f):
     @functools.wraps(f)
     def _f(*args, label_smoothing=None, **kwargs): return _smoothed(f(*args, **kwargs), label_smoothing)
-    _f.__module__,_f.__signature__ = __name__,_with_flag(f) # pickled by this name: it is not fastai's
+    _f.__module__,_f.__signature__ = __name__,_flag_signature(f) # pickled by this name: it is not fastai's
     _f.__doc__ = f"fastai's `{f.__name__}` ({f.__doc__}), with `label_smoothing`: True, or an eps, as in `Learner.to_smooth`"
     return _f
 
-vision_learner = _wrapped(fastai.vision.learner.vision_learner)
-unet_learner = _wrapped(fastai.vision.learner.unet_learner)
+vision_learner = _with_flag(fastai.vision.learner.vision_learner)
+unet_learner = _with_flag(fastai.vision.learner.unet_learner)

@@ -9,21 +9,19 @@ __all__ = ['LabelSmoothingCrossEntropy', 'LabelSmoothingBCEWithLogits', 'LabelSm
 # %% ../nbs/01_losses.ipynb #2149c50c
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
-import inspect
+from dataclasses import dataclass
 from .kernels import functional as K
-from .kernels.checks import check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows, class_axis, warn
+from .kernels.checks import (check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows,
+                                          class_axis, warn)
 from .kernels.targets import Smoothing, along, label_axis
 
 # %% ../nbs/01_losses.ipynb #50675ff6
-def _as_text(v):
-    "An option as text: of a tensor the values, or of a large one its shape."
+def _as_text(v): # of a large tensor its shape
     if not isinstance(v, Tensor): return repr(v)
     return f'Tensor{list(v.shape)}' if v.numel() > 10 or v.is_meta else str(np.round(v.tolist(), 3).tolist())
 
 class _Smooth(nn.Module):
     "What both modules share: options that are checked when they are set, and the buffers."
-    _top = 1.   # the largest eps
-
     def __init__(self, reduction, backend, **buffers):
         super().__init__()
         K.check_reduction(reduction)
@@ -31,51 +29,34 @@ class _Smooth(nn.Module):
         self.reduction,self.backend = reduction,backend
         for name,v in buffers.items(): self.register_buffer(name, None if v is None else K.unwrapped(name, v))
 
-    @property
-    def eps(self):
-        "How much is smoothed; can be set, and is checked when it is."
-        return self._eps
-
+    eps = property(lambda self: self._eps, doc='How much is smoothed; can be set, and is checked when it is.')
     @eps.setter
     def eps(self, v):
-        v = check_eps(K.unwrapped('eps', v) if isinstance(v, Tensor) else v, self._top, values=not K.tracing(*[v]*isinstance(v, Tensor)))
+        v = check_eps(K.unwrapped('eps', v) if isinstance(v, Tensor) else v, self._top, values=not (isinstance(v, Tensor) and K.tracing(v)))
         self._check(v)
-        before = self.__dict__.get('_eps')
-        if not isinstance(v, Tensor) and v == self._top and before != v: warn(self._at_top)
-        if hasattr(self, '_eps'): del self._eps
+        if not isinstance(v, Tensor) and v == self._top and v != self.__dict__.get('_eps'): warn(self._at_top)
+        if hasattr(self, '_eps'): del self._eps # a module refuses a number where it had a buffer
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
         else: self._eps = v
 
-    def _options_as_text(self, **defaults):
+    def extra_repr(self, **defaults):
         "eps, reduction and the options that are not their default"
         params = merge(*(inspect.signature(c.__init__).parameters for c in reversed(type(self).__mro__)))
         defaults = {n:p.default for n,p in params.items() if p.default is not p.empty} | defaults
         changed = [n for n,d in defaults.items() if isinstance(v := getattr(self, n, d), Tensor) or v != d]
         return ', '.join(f'{n}={_as_text(getattr(self, n))}' for n in dict.fromkeys(['eps', 'reduction', *changed]))
 
-    def extra_repr(self): return self._options_as_text()
-
 # %% ../nbs/01_losses.ipynb #b024ca43
-def _is_soft_on_gpu(target): return target.device.type not in ('cpu','meta') and target.is_floating_point()
-
 class LabelSmoothingCrossEntropy(_Smooth):
-    """Cross entropy with label smoothing: a module over `smooth_cross_entropy`.
+    """Cross entropy with label smoothing (Szegedy et al. 2016, arXiv:1512.00567): a module over `smooth_cross_entropy`.
 
-    Equals `nn.CrossEntropyLoss(label_smoothing=eps)` where that is finite (Szegedy et al. 2016, arXiv:1512.00567). Called with
-    logits that have their K classes along `axis`, and class indices (without that axis) or soft labels shaped like the logits;
-    gives, in nats, a float32 scalar, or one value a row for `reduction='none'`.
-
-    Raises ValueError or TypeError, when built, for options that are out of range, no numbers, or do not go together. When called,
-    raises what `smooth_cross_entropy` raises: ValueError and TypeError for targets of a wrong shape or dtype, IndexError for a
-    class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
-    where that is not installed."""
-    y_int = True # y interpolation
-    _looked = False # at soft targets on a GPU
-    _at_top = 'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
+    Equals `nn.CrossEntropyLoss(label_smoothing=eps)` where that is finite. Takes logits with K classes along `axis`, and class indices
+    (without that axis) or soft labels shaped like the logits; gives, in nats, a float32 scalar, or a value a row for `reduction='none'`."""
+    y_int,_looked = True,False # y interpolation; at soft targets on a GPU
+    _top,_at_top = 1.,'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
-        *,
-        prior:Tensor=None, # Where the mass goes: [K], or [K,K] with a row for each true class (None: all classes alike)
+        *, prior:Tensor=None, # Where the mass goes: [K], or [K,K] with a row for each true class (None: all classes alike)
         spread:str='all', # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
         multi_hot:bool=False, # Targets are 0/1 vectors whose ones share 1-eps
         weight:Tensor=None, # [K], with PyTorch's meaning: weighs both terms, and the mean is over the rows' weights
@@ -86,66 +67,53 @@ class LabelSmoothingCrossEntropy(_Smooth):
     ):
         super().__init__(reduction, backend, weight=weight, prior=prior)
         self.spread,self.multi_hot,self.ignore_index,self.axis = spread,multi_hot,ignore_index,axis
-        self.eps = eps
+        self.eps = eps # checks all options
 
-    def _check(self, eps):
-        "All options together; their values as long as they are on the CPU, where reading them stalls nothing"
-        tensors = [v for v in (eps,self.prior,self.weight) if isinstance(v, Tensor)]
-        check_smoothing(self.smoothing(eps), first(v.shape[-1] for v in tensors if v.dim()), self.weight,
-                        values=all(v.device.type=='cpu' for v in tensors) and not K.tracing(*tensors))
-
-    def smoothing(self,
-        eps:float=None # Another smoothing than the module's, in [0,1], or a Tensor[K]
-    ) -> Smoothing: # What the target is smoothed by
-        "The options of the smoothed target, with another `eps` if one is given."
-        return Smoothing(self.eps if eps is None else eps, self.prior, self.spread, self.multi_hot)
-
-    def forward(self,
-        input:Tensor, # Logits, floating point
-        target:Tensor, # Class indices, or labels shaped like `input`
-        eps:float=None # Another smoothing than the module's, for this call
-    ):
+    def forward(self, input, target, eps=None):
         loss = K.cross_entropy(input, target, self.smoothing(eps), self.weight, self.ignore_index, self.reduction, self.axis,
                                self.backend, checked=not isinstance(eps, Tensor))
         self._look(input, target)
         return loss
 
-    def _look(self, input, target):
-        "Do soft targets on a GPU sum to 1? Looking makes a GPU wait, so this loss looks at the first ones only. On a CPU all are looked at."
-        if self._looked or self.multi_hot or not _is_soft_on_gpu(target) or K.tracing(input, target): return
-        if target.is_cuda and torch.cuda.is_current_stream_capturing(): return
-        check_soft_rows(target, class_axis(input, self.axis))
-        self._looked = True
-
-    def activation(self,
-        x:Tensor # Logits, of any shape, with their classes along `axis`
-    ) -> Tensor: # Probabilities in [0,1], shaped like `x`
-        "The softmax of logits along `axis`."
+    def activation(self, x:Tensor): # Logits, of any shape
+        "Probabilities, shaped like `x`: the softmax along `axis`."
         return F.softmax(x, dim=self.axis)
 
-    def decodes(self,
-        x:Tensor # Logits or probabilities, of any shape, with their classes along `axis`
-    ) -> Tensor: # Class indices, of the shape of `x` without `axis`
-        "The most probable class, along `axis`."
+    def decodes(self, x:Tensor): # Logits or probabilities, of any shape
+        "Index of the most probable class along `axis`, which the result lacks."
         return x.argmax(dim=self.axis)
+
+# %% ../nbs/01_losses.ipynb #cefwd001
+@patch
+def smoothing(self:LabelSmoothingCrossEntropy, eps:float=None): # Another smoothing than the module's, in [0,1], or a Tensor[K]
+    "What the target is smoothed by."
+    return Smoothing(self.eps if eps is None else eps, self.prior, self.spread, self.multi_hot)
+
+@patch
+def _check(self:LabelSmoothingCrossEntropy, eps):
+    "All options together; their values as long as they are on the CPU, where reading them stalls nothing."
+    tensors = [v for v in (eps,self.prior,self.weight) if isinstance(v, Tensor)]
+    check_smoothing(self.smoothing(eps), first(v.shape[-1] for v in tensors if v.dim()), self.weight,
+                    values=all(v.device.type=='cpu' for v in tensors) and not K.tracing(*tensors))
+
+@patch
+def _look(self:LabelSmoothingCrossEntropy, input, target):
+    "Do soft targets on a GPU sum to 1? Looking makes a GPU wait, so this loss looks at the first ones only. On a CPU all are looked at."
+    if self._looked or self.multi_hot or not target.is_floating_point() or target.device.type in ('cpu','meta'): return
+    if K.tracing(input, target) or target.is_cuda and torch.cuda.is_current_stream_capturing(): return
+    check_soft_rows(target, class_axis(input, self.axis))
+    self._looked = True
 
 # %% ../nbs/01_losses.ipynb #7194adb0
 class LabelSmoothingBCEWithLogits(_Smooth):
     """Binary cross entropy with label smoothing, for multi-label targets: a module over `smooth_binary_cross_entropy_with_logits`.
 
-    A positive becomes 1-eps and a negative eps, so Keras' `label_smoothing` is twice this eps. Called with logits of any shape and
-    labels of the same shape (bool, integer or floating); gives, in nats, a float32 scalar, or a value a logit for
-    `reduction='none'`.
-
-    Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
-    `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
-    no tensor of real numbers, IndexError for an `axis` that the logits lack, ImportError for `backend='triton'` where that is not
-    installed."""
+    A positive becomes 1-eps and a negative eps, so Keras' `label_smoothing` is twice this eps. Takes logits of any shape, and labels of
+    that shape (bool, integer or floating); gives, in nats, a float32 scalar, or a value a logit for `reduction='none'`."""
     _top,_at_top = .5,'eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05'
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
-        *,
-        prior:Tensor=None, # [K] label frequencies to smooth to, instead of 1/2
+        *, prior:Tensor=None, # [K] label frequencies to smooth to, instead of 1/2
         weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: broadcasts to the logits
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
@@ -154,200 +122,132 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
-        values = not K.tracing(*(v for v in self.buffers()))
+        values = not K.tracing(*self.buffers())
         if prior is not None: check_prior(self.prior, sigmoid=True, values=values)
         check_factors(values, weight=self.weight, pos_weight=self.pos_weight)
         check_number('thresh', thresh)
         self.eps,self.thresh,self.axis = eps,thresh,axis
 
     def _check(self, eps): pass # its range says it all
-
-    def forward(self,
-        input:Tensor, # Logits, floating point
-        target:Tensor, # Labels shaped like `input`
-        eps:float=None # Another smoothing than the module's, for this call
-    ):
+    def forward(self, input, target, eps=None):
         return K.binary_cross_entropy(input, target, self.eps if eps is None else eps, self.prior, self.weight, self.pos_weight,
                                       self.reduction, self.axis, self.backend)
 
-    def activation(self,
-        x:Tensor # Logits, any shape
-    ) -> Tensor: # Probabilities in [0,1], shaped like `x`
-        "The sigmoid of each logit."
+    def activation(self, x:Tensor): # Logits, of any shape
+        "Probabilities, shaped like `x`: the sigmoid of each logit."
         return torch.sigmoid(x)
 
-    def decodes(self,
-        x:Tensor # Probabilities, any shape
-    ) -> Tensor: # Of bool, shaped like `x`
-        "Whether each label's probability is above `thresh`."
+    def decodes(self, x:Tensor): # Probabilities, of any shape
+        "Whether each is above `thresh`: bool, shaped like `x`."
         return x > self.thresh
 
 # %% ../nbs/01_losses.ipynb #b29603e9
-def _of_module(name, doc):
-    "A property that is read from, and set on, the module of a fastai loss."
+def _of_module(name): # a property that is read from, and set on, the module of a fastai loss
     def fset(self, v):
         if 'func' in self.__dict__: setattr(self.func, name, v) # BaseLoss sets `axis` before there is one
-    return property(lambda self: getattr(self.func, name), fset, doc=doc)
+    return property(lambda self: getattr(self.func, name), fset, doc=f'`{name}` of the module; can be set.')
 
 class _SmoothFlat(BaseLoss):
     "What both fastai losses share. Neither transposes nor copies: the kernels take any layout."
-    _defaults = {}   # where they are not those of the module
-
-    def __init__(self, loss_cls, axis, flatten, **kwargs):
-        super().__init__(loss_cls, axis=axis, flatten=flatten, **kwargs)
+    _defaults = {} # where they are not those of the module
+    eps,axis,backend = map(_of_module, ['eps','axis','backend'])
+    def __init__(self, module, axis, flatten, **options):
+        super().__init__(partial(module, axis=axis, **options), axis=axis, flatten=flatten)
         # BaseLoss copied the module's attributes here, where setting them would do nothing
         for k in vars(self.func): self.__dict__.pop(k, None)
 
     def __repr__(self):
-        "As fastai's, with the options that are not their default"
-        func = f'{type(self.func).__name__}({self.func._options_as_text(**self._defaults)})'
+        func = f'{type(self.func).__name__}({self.func.extra_repr(**self._defaults)})'
         return f'FlattenedLoss of {func}' + ('' if self.flatten else ', flatten=False')
 
-    eps = _of_module('eps', "How much is smoothed; can be set, also between batches.")
-    backend = _of_module('backend', "Who computes; can be set.")
-
-    def __call__(self,
-        inp:Tensor, # Logits
-        targ:Tensor, # Targets; with `flatten` also of another shape with as many elements, such as (N,1)
-        **kwargs
-    ) -> Tensor: # A float32 scalar, or one value a target (1-d with `flatten`), in their order
+    def __call__(self, inp, targ, **kwargs):
         # plain tensors first: reading a shape from a TensorBase takes longer than many an op
         inp,targ = K.unwrapped('input', inp),K.unwrapped('target', targ)
         loss = self.func(inp, self._reshaped(inp, targ) if self.flatten else targ, **kwargs)
         return loss.flatten() if self.flatten and loss.dim() else loss
 
-    def _reshaped(self, inp, targ):
-        shape = self._target_shape(inp)
-        if targ.shape == shape or targ.numel() != shape.numel(): return targ
-        return targ if targ.shape == inp.shape and self._is_dense(targ) else targ.reshape(shape)
-
-    def _is_dense(self, targ): return True
-
     def activation(self, x): return self.func.activation(x)
     def decodes(self, x): return self.func.decodes(x)
+    def _reshaped(self, inp, targ):
+        return targ if targ.shape == inp.shape or targ.numel() != inp.numel() else targ.reshape(inp.shape)
 
 # %% ../nbs/01_losses.ipynb #1c9bddef
 class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
     """Cross entropy with label smoothing as a fastai loss: `vision_learner(..., loss_func=LabelSmoothingCrossEntropyFlat(eps=.1))`.
 
-    Equals fastai's loss of that name, and PyTorch's `label_smoothing` with `weight` and `ignore_index`. It smooths wherever it is
-    called, in validation too, as fastai's does; `Learner.to_smooth` leaves validation unsmoothed. Logits have their K classes along
-    `axis`; targets are class indices of any integer dtype, or soft labels shaped like the logits. The loss is in nats.
+    Equals fastai's loss of that name, and PyTorch's `label_smoothing` with `weight` and `ignore_index`. It smooths in validation too, as
+    fastai's does; `Learner.to_smooth` doesn't. Targets are class indices of any integer dtype, or soft labels shaped like the logits."""
+    y_int,_defaults = True,dict(axis=-1) # y interpolation
+    spread,multi_hot,ignore_index = map(_of_module, ['spread','multi_hot','ignore_index'])
 
-    Raises ValueError or TypeError, when built, for options that are out of range, no numbers, or do not go together. When called,
-    raises what `smooth_cross_entropy` raises: ValueError and TypeError for targets of a wrong shape or dtype, IndexError for a
-    class index out of range (on a GPU the loss is nan) or an `axis` that the logits lack, ImportError for `backend='triton'`
-    where that is not installed. Source: Szegedy et al. 2016, arXiv:1512.00567."""
-    y_int = True # y interpolation
-    _defaults = dict(axis=-1)
+    @delegates(LabelSmoothingCrossEntropy)
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
-        *,
-        prior:Tensor=None, # Where the mass goes: [K], or [K,K] with a row for each true class (None: all classes alike)
-        spread:str='all', # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
-        multi_hot:bool=False, # Targets are 0/1 vectors whose ones share 1-eps
-        weight:Tensor=None, # [K], with PyTorch's meaning: weighs both terms, and the mean is over the rows' weights
-        ignore_index:int=-100, # Targets with this class index count for nothing
-        reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
-        axis:int=-1, # Class axis
+        *, axis:int=-1, # Class axis
         flatten:bool=True, # Let targets have another shape with as many elements; 'none' gives 1-d losses
-        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
-    ):
-        super().__init__(partial(LabelSmoothingCrossEntropy, axis=axis), axis, flatten, eps=eps, prior=prior, spread=spread,
-                         multi_hot=multi_hot, weight=weight, ignore_index=ignore_index, reduction=reduction, backend=backend)
+        **kwargs # Of `LabelSmoothingCrossEntropy`
+    ): super().__init__(LabelSmoothingCrossEntropy, axis, flatten, eps=eps, **kwargs)
 
-    axis = _of_module('axis', "Class axis; can be set.")
-    spread = _of_module('spread', "'all' or 'others'; can be set.")
-    multi_hot = _of_module('multi_hot', "Are targets 0/1 vectors whose ones share 1-eps? Can be set.")
-    ignore_index = _of_module('ignore_index', "Targets with this class index count for nothing; can be set.")
+    def _reshaped(self, inp, targ):
+        a = class_axis(inp, self.axis) if inp.ndim else 0
+        shape = inp.shape[:a] + inp.shape[a+1:]
+        dense = targ.shape == inp.shape and (targ.is_floating_point() or self.multi_hot) # (N,1) indices of a single class are not
+        return targ if dense or targ.shape == shape or targ.numel() != shape.numel() else targ.reshape(shape)
 
-    def _is_dense(self, targ): return targ.is_floating_point() or self.multi_hot # not so (N,1) indices of a single class
-    def _target_shape(self, inp):
-        if not inp.ndim: return inp.shape
-        a = class_axis(inp, self.axis)
-        return inp.shape[:a] + inp.shape[a+1:]
-
-# %% ../nbs/01_losses.ipynb #b78f2e06
 class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
     """Binary cross entropy with label smoothing as a fastai loss, for multi-label targets. A positive becomes 1-eps, a negative eps.
 
-    It smooths wherever it is called, in validation too; `MultiLabelSmoothingCallback` leaves validation unsmoothed. Logits and
-    labels have the same shape; the loss, `smooth_binary_cross_entropy_with_logits`, is in nats.
+    It smooths in validation too; `MultiLabelSmoothingCallback` doesn't. Labels are shaped like the logits: bool, integer or floating."""
+    thresh = _of_module('thresh')
 
-    Raises ValueError or TypeError, when built, for options that are out of range or no numbers. When called, raises what
-    `smooth_binary_cross_entropy_with_logits` raises: ValueError for labels of another shape than the logits, TypeError for what is
-    no tensor of real numbers, IndexError for an `axis` that the logits lack, ImportError for `backend='triton'` where that is not
-    installed."""
+    @delegates(LabelSmoothingBCEWithLogits)
     def __init__(self,
         eps:float=.05, # Smoothing in [0,1/2]
-        *,
-        prior:Tensor=None, # [K] label frequencies to smooth to, instead of 1/2
-        weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: broadcasts to the logits
-        pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
-        reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
-        thresh:float=.5, # Probability above which `decodes` says yes
-        axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
+        *, axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
-        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
-    ):
-        super().__init__(partial(LabelSmoothingBCEWithLogits, axis=axis), axis, flatten, eps=eps, prior=prior, weight=weight, pos_weight=pos_weight,
-                         reduction=reduction, thresh=thresh, backend=backend)
-
-    thresh = _of_module('thresh', "Probability above which `decodes` says yes; can be set.")
-    axis = _of_module('axis', "Label axis, of the prior; can be set.")
-    def _target_shape(self, inp): return inp.shape
+        **kwargs # Of `LabelSmoothingBCEWithLogits`
+    ): super().__init__(LabelSmoothingBCEWithLogits, axis, flatten, eps=eps, **kwargs)
 
 # %% ../nbs/01_losses.ipynb #labelax1
-def _given_axis(loss):
-    "The label axis that a sigmoid loss was given, or None; the -1 that fastai's losses have by default is none."
+def given_axis(loss): # A sigmoid loss
+    "The label axis that `loss` was given, or None. The -1 that fastai's losses have by default is none."
     axis = getattr(loss, 'axis', None)
     return None if axis == -1 and not isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)) else axis
 
-def _label_axis_of(loss, ndim):
-    "`label_axis` of logits with `ndim` dimensions, by the `axis` that `loss` was given."
-    return label_axis(ndim, _given_axis(loss))
+def label_axis_of(
+    loss, # A sigmoid loss
+    ndim:int # Number of dimensions of its logits
+):
+    "The axis along which the logits of `loss` have their labels, or None where they are all of one label."
+    return label_axis(ndim, given_axis(loss))
 
 # %% ../nbs/01_losses.ipynb #baseloss3
-def base_loss(
-    loss_func # `learn.loss_func` of a `Learner`, whether it trains or not
-) -> Callable: # A loss
-    """`loss_func`, or the loss underneath where `MixUp` (Zhang et al. 2017, arXiv:1710.09412) or `CutMix` (Yun et al. 2019, arXiv:1905.04899)
-    put theirs in its place, or left it there after an exception."""
+def base_loss(loss_func): # `learn.loss_func` of a `Learner`, whether it trains or not
+    "The loss in whose place `MixUp` or `CutMix` put theirs, or left it after an exception; else `loss_func` itself."
     owner = getattr(loss_func, '__self__', None)
     return owner.old_lf if isinstance(owner, MixHandler) else loss_func
 
-def loss_name(
-    loss # A loss: a function, a module or a fastai loss
-) -> str: # Such as 'CrossEntropyLossFlat', or 'BaseLoss of MSELoss'
-    "What to call `loss` in a message: the name of the function or class, and for a plain `BaseLoss` of what it wraps."
+def loss_name(loss): # A function, a module or a fastai loss
+    "What to call `loss` in a message: 'CrossEntropyLossFlat', say, or 'BaseLoss of MSELoss'."
     name = getattr(loss, '__name__', type(loss).__name__)
     return f'{name} of {loss_name(loss.func)}' if type(loss) is BaseLoss else name
 
 # %% ../nbs/01_losses.ipynb #tmpr0002
+@dataclass(eq=False, repr=False)
 class TemperedActivation:
-    """The activation of `loss`, of logits that are divided by `temperature` first (Guo et al. 2017, arXiv:1706.04599).
-
-    Called with logits, of any shape that `loss` takes; raises ValueError for another number of labels than `temperature` has values,
-    and IndexError where they lack the axis of labels that `loss` was given."""
-    interval = None # of what was pickled before there was one
-    def __init__(self,
-        loss, # The loss whose activation it is
-        temperature:float|list, # One number above 0, or one a label, along the axis that the labels of `loss` have
-        interval:tuple|list=None # Of 95% for `temperature`: low, high; or a list of them
-    ): self.loss,self.temperature,self.interval = loss,temperature,interval
+    "The activation of `loss`, of logits that are divided by `temperature` first (Guo et al. 2017, arXiv:1706.04599)."
+    loss:Callable # The loss whose activation it is
+    temperature:float|list # One number above 0, or one a label, along the axis that the labels of `loss` have
+    interval:tuple|list=None # Of 95% for `temperature`: low, high; or a list of them
 
     def __call__(self, x): return self.loss.activation(x / (self._of_labels(x) if isinstance(self.temperature, list) else self.temperature))
-
     def _of_labels(self, x):
-        "The temperatures, to divide `x` by"
-        t,axis = torch.as_tensor(self.temperature, dtype=x.dtype, device=x.device),_label_axis_of(self.loss, x.ndim)
+        t,axis = torch.as_tensor(self.temperature, dtype=x.dtype, device=x.device),label_axis_of(self.loss, x.ndim)
         k = 1 if axis is None else x.shape[axis]
         if len(t) != k: raise ValueError(f'temperature has {len(t)} values, the logits have {k} labels')
         return t if axis is None else along(t, axis, x.ndim)
 
-def untempered(
-    loss # A loss, of `tempered` or not
-) -> Callable: # A loss
+def untempered(loss): # A loss, of `tempered` or not
     "The loss that `tempered` was given, or `loss` itself."
     return getattr(getattr(loss, 'activation', None), 'loss', loss)
 
@@ -356,10 +256,7 @@ def tempered(
     temperature:float|list, # One number above 0, or one a label, along the axis that the labels of `loss` have
     interval:tuple|list=None # Of 95% for `temperature`, to be kept with it
 ) -> Callable: # A loss
-    """A copy of `loss` whose activation is a `TemperedActivation`; for a temperature of 1 without an interval, the original.
-
-    Raises TypeError for a loss that has no activation and for a temperature that is no number, ValueError for one that is not
-    above 0 and for an empty list."""
+    "A copy of `loss` whose activation is a `TemperedActivation`; for a temperature of 1 without an interval, the original."
     original = untempered(loss)
     if isinstance(temperature, Tensor) and temperature.dim(): temperature = temperature.tolist()
     if isinstance(temperature, list) and not temperature: raise ValueError('temperature needs a value a label, got an empty list')
@@ -367,6 +264,6 @@ def tempered(
     if temperature == 1 and interval is None: return original
     if not hasattr(loss, 'activation'): raise TypeError(f'{loss_name(loss)} has no activation to keep a temperature in')
     res = deepcopy(loss)
-    if isinstance(res, nn.Module): res._modules.pop('activation', None)
+    if isinstance(res, nn.Module): res._modules.pop('activation', None) # where a module was the activation, none but a module may be set
     res.activation = TemperedActivation(original, temperature, interval)
     return res

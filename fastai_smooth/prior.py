@@ -13,81 +13,66 @@ from .kernels.checks import check_whole
 from .kernels.targets import label_axis
 
 # %% ../nbs/02_prior.ipynb #5f983279
-def _counted(targets, num_classes, ignore_index):
-    "Frequencies of the class indices in `targets`, pairs of a weight and class indices."
+_instead = 'pass prior=tensor(frequencies)'
+def _counted(targets, num_classes, ignore_index): # frequencies of class indices in pairs of a weight and a target
     counts = torch.zeros(num_classes, dtype=torch.double)
     for weight,o in targets:
         try: o = tensor(o if isinstance(o, (Tensor,int)) else np.array(o)).flatten() # a mask may be a PIL image still
         except (TypeError,ValueError) as e: raise TypeError(f'labels must be class indices, got {o!r}') from e
-        if o.is_complex() or (o != o.long()).any(): raise ValueError(f'labels must be whole numbers, got {o[o != o.long()][0].item() if not o.is_complex() else o.dtype}')
-        o = o.long()
-        o = o[o != ignore_index]
+        if not o.is_complex(): o = o.double() # of uint16 torch knows few operations
+        wrong = o if o.is_complex() else o[o != o.round()]
+        if len(wrong): raise ValueError(f'labels must be whole numbers, got {wrong[0].item()}')
+        o = o[o != ignore_index].long()
         if len(o) and not 0 <= o.min() <= o.max() < num_classes:
             raise ValueError(f'labels from {o.min()} to {o.max()} for {num_classes} classes: pass ignore_index, or a tensor as prior')
         counts += weight*torch.bincount(o.cpu().as_subclass(Tensor), minlength=num_classes)
     if not counts.sum(): raise ValueError('the training data has no labels to count')
     return (counts / counts.sum()).float()
 
-# %% ../nbs/02_prior.ipynb #prior001
-def _label_means(targets, axis):
-    "Frequency of each label in `targets`, pairs of a weight and the 0/1 labels of an item; `axis` as for `label_axis`, in a batch."
-    ones,known = 0.,0.
+def _label_means(targets, axis): # frequency of each label in pairs of a weight and 0/1 labels; `axis` is that of a batch
+    ones = known = torch.zeros(())
     for weight,o in targets:
-        try: o = torch.as_tensor(o).cpu().as_subclass(Tensor)
-        except (TypeError,ValueError,RuntimeError) as e: raise TypeError(f'multi-label targets must be 0/1 vectors ({e}): pass prior=tensor(frequencies)') from e
-        if o.is_complex() or ((o < 0) | (o > 1)).any(): raise TypeError("multi-label targets must be 0/1 vectors: pass prior=tensor(frequencies)")
-        o = o.double()[None] # a batch
+        try: o = torch.as_tensor(o).cpu().as_subclass(Tensor)[None] # a batch
+        except Exception as e: raise TypeError(f'multi-label targets must be 0/1 vectors ({e}): {_instead}') from e
+        if o.is_complex() or ((o.double()-.5).abs() > .5).any(): raise TypeError(f'multi-label targets must be 0/1 vectors: {_instead}')
         try: a = label_axis(o.ndim, axis)
         except IndexError as e: raise ValueError(f'these targets have no axis {axis}, in a batch they are of {o.ndim} dimensions') from e
-        o = o.reshape(-1, 1) if a is None else o.movedim(a, -1).flatten(0, -2)
-        if isinstance(ones, Tensor) and len(ones) != o.shape[1]:
-            raise TypeError(f'multi-label targets must be of one length, got {len(ones)} and {o.shape[1]} labels: pass prior=tensor(frequencies)')
+        o = (o.reshape(-1, 1) if a is None else o.movedim(a, -1).flatten(0, -2)).double()
+        if ones.dim() and len(ones) != o.shape[1]:
+            raise TypeError(f'multi-label targets must be of one length, got {len(ones)} and {o.shape[1]} labels: {_instead}')
         ones,known = ones + weight*o.nansum(0),known + weight*(~o.isnan()).sum(0) # an unknown label (nan) is not counted
-    if not isinstance(ones, Tensor): raise ValueError('the training data has no labels to count')
+    if not ones.dim(): raise ValueError('the training data has no labels to count')
     return (ones / known).float()
 
 # %% ../nbs/02_prior.ipynb #440bdd20
-def _labels(dl):
-    "The training targets of `dl`, one at a time, without the inputs; raises a TypeError where they can't be had."
+def _labels(dl): # the training targets of `dl`, one at a time, without the inputs
     ds = dl.dataset
-    if hasattr(dl, 'seq_len'): return dl.items           # a language model's: every token is a target
+    if hasattr(dl, 'seq_len'): return dl.items # a language model's: every token is a target
     if hasattr(ds, 'ys'): return list(map(detuplify, map(tuple, ds.ys.values.tolist()))) # TabularPandas, encoded
     if hasattr(ds, 'tls'): return ds.tls[-1]
-    raise TypeError(f"prior='train' can't find the labels of a {type(ds).__name__} without its inputs: pass them as prior=tensor(frequencies)")
+    raise TypeError(f"prior='train' can't find the labels of a {type(ds).__name__} without its inputs: {_instead}")
 
-# %% ../nbs/02_prior.ipynb #prior002
-def _torch_draws(dl, n):
-    "How often a torch loader draws each of its `n` items, up to a factor; None where that can't be known."
-    sampler = dl.batch_sampler.sampler if type(dl.batch_sampler) is BatchSampler else None
-    if type(sampler) in (SequentialSampler,RandomSampler): return np.ones(n)
+def _draws(dl, n): # how often training draws each of the `n` items of `dl`, up to a factor; None where that can't be known
+    batches = vars(dl).get('batch_sampler') # torch's loaders have one
+    sampler = batches.sampler if type(batches) is BatchSampler else None
+    if hasattr(dl, 'seq_len') or type(sampler) in (SequentialSampler,RandomSampler): return np.ones(n)
     if type(sampler) is SubsetRandomSampler: return np.bincount(sampler.indices, minlength=n).astype(float)
     if type(sampler) is WeightedRandomSampler and sampler.replacement: return sampler.weights.numpy()
-
-def _draws(dl, n):
-    "How often training draws each of the `n` items of `dl`, up to a factor, for a `get_idxs` of fastai's."
-    if hasattr(dl, 'seq_len'): return np.ones(n) # all the text, in pieces
-    if isinstance(dl, torch.utils.data.DataLoader): return _torch_draws(dl, n)
+    if isinstance(dl, torch.utils.data.DataLoader): return None
     res,wgts,seen = np.zeros(n),vars(dl).get('wgts'),ifnone(getattr(dl, 'n', None), n)
     res[:seen] = wgts if wgts is not None and dl.shuffle else 1 # without shuffle WeightedDL goes through the items in their order
     return res
 
 # %% ../nbs/02_prior.ipynb #prior003
-def _is_own(f):
-    "Is the function or method `f` the user's own, rather than fastai's or torch's?"
-    return not (getattr(f, '__module__', None) or '').startswith(('fastai.','fastcore.','torch.'))
-
-def _tfms(dl, event):
-    "What `dl` calls at `event`."
+def _is_own(f): return not (getattr(f, '__module__', None) or '').startswith(('fastai.','fastcore.','torch.')) # it is the user's
+def _is_own_tfm(f): return not isinstance(f, Transform) or any(_is_own(m.implementation) for m in nested_attr(f, 'encodes.methods', ()))
+def _tfms(dl, event): # what `dl` calls there
     f = getattr(dl, event, None)
     if isinstance(f, Pipeline): return [o for o in f.fs if o.name != 'noop']
     return [f] if f is not None and _is_own(f) else []
 
-def _is_own_tfm(f): return not isinstance(f, Transform) or any(_is_own(m.implementation) for m in getattr(getattr(f, 'encodes', None), 'methods', ()))
-
-def _unknown(dl, alone):
-    """Names of the user's own code in `dl` that may do to labels what can't be known without the inputs: it draws items, makes batches, or
-    takes inputs and targets together. Unless they can be had `alone`, any transform of the user's."""
-    made = 'get_idxs','shuffle_fn','sample','create_item','create_batch','create_batches','do_item','do_batch','retain','__iter__','collate_fn'
+def _unknown(dl, alone): # the user's code that draws, batches, or transforms inputs with targets; unless `alone` all transforms
+    made = 'get_idxs shuffle_fn sample create_item create_batch create_batches do_item do_batch retain __iter__ collate_fn'.split()
     res = [n for n in made if (f := getattr(dl, n, None)) is not None and (_is_own(f) or n == 'get_idxs' and not isinstance(f, MethodType))]
     if alone and _is_own(getattr(type(dl.dataset), '__getitem__', noop)): res.append(type(dl.dataset).__name__)
     tfms = _tfms(dl, 'after_item') + _tfms(dl, 'after_batch')
@@ -95,27 +80,22 @@ def _unknown(dl, alone):
     return res + [getattr(f, 'name', getattr(f, '__name__', type(f).__name__)) for f in together if _is_own_tfm(f)]
 
 # %% ../nbs/02_prior.ipynb #prior004
-def _takes(f, y):
-    "Has the transform `f` a method for targets like `y`?"
+def _takes(f, y): # has the transform `f` a method for targets like `y`?
     own = vars(f).get('encodes') # made of a function; else that of the class
     encodes,args = (own,(y,)) if own is not None else (getattr(type(f), 'encodes', None),(f,y))
     try: return encodes is not None and bool(encodes.resolve_method(args))
     except NotFoundLookupError: return False
 
-def _after(dl, event, y):
-    """`y`, a target or a batch of targets, after the transforms at `event` that take it, and whether there were any.
-
-    A blank image stands for the inputs of a batch of masks: from its size and dtype the transforms draw their random numbers."""
-    split_idx,used = getattr(dl.dataset, 'split_idx', None),False
+def _after(dl, event, y): # `y`, a target or a batch of them, after the transforms that take it, and whether there were any
+    used = False
     for f in _tfms(dl, event):
         if not _takes(f, y): continue
+        # a blank image stands for the inputs of masks: transforms draw random numbers by its size and dtype
         blank = [TensorImage(torch.zeros(len(y), 3, *y.shape[-2:], device=y.device))] if event == 'after_batch' and y.ndim > 2 else []
-        y,used = f((*blank,y), split_idx=split_idx)[-1],True
+        y,used = f((*blank,y), split_idx=getattr(dl.dataset, 'split_idx', None))[-1],True
     return y,used
 
-# %% ../nbs/02_prior.ipynb #prior005
-def _transformed(dl, labels):
-    "`labels` after the transforms of `dl` that take targets of their type."
+def _transformed(dl, labels): # after the transforms of `dl` that take targets of their type
     used = True
     for chunk in chunked(labels, dl.bs):
         if used: # else no transform took the first ones: most labels are of a type that none takes
@@ -124,41 +104,37 @@ def _transformed(dl, labels):
                 items = [(o,) for o in items]
                 batch, = dl.retain(dl.create_batch(items), items)
                 batch,of_batch = _after(dl, 'after_batch', to_device(batch, dl.device) if dl.device else batch)
-            except Exception as e: raise TypeError(f"prior='train' can't apply the transforms of the training DataLoader to targets alone "
-                                                   f'({type(e).__name__}: {e}): pass prior=tensor(frequencies)') from e
+            except Exception as e: raise TypeError(f"prior='train' can't transform targets alone ({e!r}): {_instead}") from e
             used = any(of_item) or of_batch
         yield from batch if used else chunk
 
-def _targets(dl):
-    "(weight, target) of each item that training draws from `dl`, as training gets it; inputs are not opened. Raises a TypeError where that can't be known."
+# %% ../nbs/02_prior.ipynb #aec61649
+def _targets(dl): # (weight, target) of each item that training draws, as training gets it; inputs are not opened
     while isinstance(vars(dl).get('dl'), DataLoader): dl = dl.dl # a DistributedDL has its own
     labels = _labels(dl)
     alone = hasattr(dl.dataset, 'tls') and labels is dl.dataset.tls[-1]
     draws,unknown = _draws(dl, len(labels)),_unknown(dl, alone)
     if draws is None: unknown.append(type(getattr(dl, 'sampler', dl)).__name__)
-    if unknown: raise TypeError(f"prior='train' can't know what {', '.join(unknown)} of the training DataLoader makes of the labels: pass the "
-                                'frequencies that training sees, as prior=tensor(frequencies)')
+    if unknown: raise TypeError(f"prior='train' can't know what {', '.join(unknown)} of the training DataLoader makes of the labels: "
+                                'pass the frequencies that training sees, as prior=tensor(frequencies)')
     drawn = np.flatnonzero(draws).tolist()
     seen = (labels[i] for i in drawn)
     if alone and (_tfms(dl, 'after_item') or _tfms(dl, 'after_batch')): seen = _transformed(dl, seen)
     return zip(draws[drawn].tolist(), seen)
 
-# %% ../nbs/02_prior.ipynb #aec61649
 def train_prior(
     dls:DataLoaders, # Their `train` is counted
     multi:bool=False, # Multi-label: one frequency a label, instead of a distribution over classes
     ignore_index:int=-100, # Class index that is not counted
     axis:int=None # Multi-label: axis of the labels in a batch. None: 1, but events (N,) and masks (N,H,W) are of one label
 ) -> Tensor: # [K], float32: sums to 1, or with `multi` each in [0,1]
-    """Label frequencies as training sees them: of categories, tokens, mask pixels, or with `multi` of each label.
+    """Label frequencies as training sees them, of fastai datasets, `TabularPandas` and language model data.
 
-    Counts the targets of `dls.train`, after the transforms of items and batches that take them, and as often as they are drawn (`WeightedDL`,
-    `n`). Takes fastai datasets (no input is opened), `TabularPandas` and language model data; raises a TypeError for anything else, and
-    for code of your own that draws items, makes batches or transforms inputs and targets together; a ValueError where there are no labels,
-    labels beyond the classes of `dls`, or no such `axis`."""
+    Counts the targets of `dls.train` as often as they are drawn, after the transforms that take them; no input is opened. A TypeError names
+    code of your own that draws items, makes batches, or transforms inputs and targets together."""
     if axis is not None: check_whole('axis', axis)
     targets = _targets(dls.train)
     with no_random(reproducible=False): # transforms may be random
         if multi: return _label_means(targets, axis)
-        if not get_c(dls): raise ValueError(f'dls.c, the number of classes, is {get_c(dls)}: pass prior=tensor(frequencies)')
+        if not get_c(dls): raise ValueError(f'dls.c, the number of classes, is {get_c(dls)}: {_instead}')
         return _counted(targets, get_c(dls), check_whole('ignore_index', ignore_index))

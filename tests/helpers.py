@@ -31,12 +31,6 @@ def multi_dls(n=64, n_in=6, k=5, bs=16, dtype=torch.float32, seed=0):
     return tensor_dls(torch.randn(n, n_in, generator=g), (torch.rand(n, k, generator=g) < .4).to(dtype), bs)
 
 
-def multi_image_dls(n=32, k=5, bs=8, seed=0):
-    "Multi-label images: `x` (n,1,8,8) normal, `y` (n,k) multi-hot, for CutMix."
-    g = torch.Generator().manual_seed(seed)
-    return tensor_dls(torch.randn(n, 1, 8, 8, generator=g), (torch.rand(n, k, generator=g) < .4).float(), bs)
-
-
 def single_dls(n=64, n_in=6, k=4, bs=16, seed=0):
     "Single-label rows: `x` (n,n_in), `y` (n,) class indices that a linear model can mostly tell from `x`."
     g = torch.Generator().manual_seed(seed)

@@ -1,499 +1,192 @@
-"MultiLabelSmoothingCallback: SPEC section 4, point by point."
+"""MultiLabelSmoothingCallback and LabelSmoothingScheduler, alone and where a callback of the user's validates or trains in the middle of a fit.
+
+The reference is a loss that smooths its own targets: all that a user would write if fastai had no callbacks. Beside fastai's callbacks, and after
+a fault at any event: test_callbacks_compose."""
 import pickle, warnings
 from copy import deepcopy
+from fractions import Fraction
 
-import cloudpickle, pytest
+import cloudpickle, fastai.losses, fuzz, pytest
+from fuzz import BAD_EPS, FLOATS, INF, NAN, Row, no_values
+from hypothesis import strategies as st
 from helpers import *
-from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastai.callback.rnn import RNNCallback, RNNRegularizer
-from torch.amp import GradScaler, autocast
 
-from fastai_smooth.all import (LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat,
-                               MultiLabelSmoothingCallback, smooth_binary_cross_entropy_with_logits)
+from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat, LabelSmoothingScheduler,
+                               MultiLabelSmoothingCallback)
 
 EPS = .125  # a power of two: 1-eps and eps are exact in every dtype, however the formula is grouped
-
+PRIOR = tensor([.05, .1, .2, .3, .4])
+bce = F.binary_cross_entropy_with_logits
 
 class SelfSmoothing:
-    """The reference: a loss that smooths its own targets while the model trains, straight from the formula
-    q = (1-2 eps) y + 2 eps u. It is all that a user would write if fastai had no callbacks."""
-    def __init__(self, model, base=None, eps=EPS, u=.5):
-        self.model, self.base, self.eps, self.u = model, ifnone(base, BCEWithLogitsLossFlat()), eps, u
-
-    def smooth(self, y, pred):
-        y = y if y.is_floating_point() else y.to(pred.dtype)
-        return (1-2*self.eps)*y + 2*self.eps*self.u
-
+    "The reference: q = (1-2 eps) y + 2 eps u while the model trains, straight from the formula."
+    def __init__(self, model, base, eps, u): self.model, self.base, self.eps, self.u = model, base, eps, u
     def __call__(self, pred, y, **kwargs):
-        return self.base(pred, self.smooth(y, pred) if self.model.training else y, **kwargs)
-
+        y = y if y.is_floating_point() else y.to(pred.dtype)
+        return self.base(pred, (1-2*self.eps)*y + 2*self.eps*self.u if self.model.training else y, **kwargs)
 
 def close(a, b, atol=1e-6, rtol=1e-6):
-    torch.testing.assert_close(torch.as_tensor(a).detach(), torch.as_tensor(b).detach(), atol=atol, rtol=rtol)
+    a, b = (torch.as_tensor(o).detach().as_subclass(torch.Tensor) for o in (a, b))
+    torch.testing.assert_close(a, b.to(a.dtype), atol=atol, rtol=rtol)
 
-
-def multi_learner(base=None, cbs=(), dls=None, model=None, **kwargs):
+def hard(loss=None, cbs=(), dls=None, model=None, **kwargs):
     "A Learner on a hard loss, `cbs` added one by one, so in that order."
-    learn = tensor_learner(dls or multi_dls(), model or mlp(), ifnone(base, BCEWithLogitsLossFlat()), **kwargs)
+    learn = tensor_learner(dls or multi_dls(), model or mlp(), ifnone(loss, BCEWithLogitsLossFlat()), **kwargs)
     for cb in cbs: learn.add_cb(cb)
     return learn
 
+def ours(loss=None, cbs=(), prior=None, **kwargs): return hard(loss, [MultiLabelSmoothingCallback(EPS, prior), *cbs], **kwargs)
 
-def reference_learner(base=None, cbs=(), eps=EPS, u=.5, **kwargs):
-    learn = multi_learner(base, cbs, **kwargs)
+def reference(loss=None, cbs=(), eps=EPS, u=.5, **kwargs):
+    learn = hard(loss, cbs, **kwargs)
     learn.loss_func = SelfSmoothing(learn.model, learn.loss_func, eps, u)
     return learn
 
-
-def same_training(ours, ref, n_epoch=2):
+def same_training(a, b, n_epoch=2):
     "Fits both on the same random numbers; every gradient, weight and loss of the one is the other's."
-    for learn in (ours, ref):
+    for learn in (a, b):
         learn.add_cb(Grads())
         learn.recorder.smooth_loss.beta = 0.  # record each batch's own loss
         fit_seeded(learn, n_epoch)
-    assert len(ours.grads.seen) == len(ref.grads.seen) > 0
-    for a, b in zip(ours.grads.seen, ref.grads.seen):
-        assert b.abs().max() > 0
-        close(a, b, atol=1e-6*b.abs().max().item())
-    close(weights(ours), weights(ref))
-    close(torch.stack(ours.recorder.losses), torch.stack(ref.recorder.losses))
-    for a, b in zip(ours.recorder.values, ref.recorder.values): close(tensor(a), tensor(b))
+    assert len(a.grads.seen) == len(b.grads.seen) > 0
+    for p, q in zip(a.grads.seen, b.grads.seen): close(p, q, atol=1e-6*q.abs().max().item())
+    close(weights(a), weights(b))
+    close(torch.stack(a.recorder.losses), torch.stack(b.recorder.losses))
+    for p, q in zip(a.recorder.values, b.recorder.values): close(tensor(p), tensor(q))
 
+def at(event, f=lambda l: l.yb[0].clone(), order=99): return Spy(f, event, order=order)
 
-# ---------------------------------------------------------------- the forum's callback does nothing
-
-class ForumCallback(Callback):
-    "As posted in https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673 (for fastai v1)."
-    def __init__(self, eps=0.05): self.eps = eps
-    def before_backward(self, **kwargs):
-        labels = self.yb[0].detach().clone()
-        for i, x in enumerate(labels): labels[i] = torch.where(x == 1.0, 1.0-self.eps, self.eps)
-        smoothed = nn.BCEWithLogitsLoss()(self.pred, labels)
-        return {'last_loss': smoothed}
-
-
-def test_forum_callback_leaves_the_gradients_untouched_in_fastai_v2():
-    "Bit for bit the weights of training without it; ours gives those of the smoothed loss, which are others."
-    without, forum = multi_learner(cbs=[Grads()]), multi_learner(cbs=[ForumCallback(EPS), Grads()])
-    ours, ref = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS), Grads()]), reference_learner(cbs=[Grads()])
-    for learn in (without, forum, ours, ref): fit_seeded(learn)
-    assert torch.equal(weights(forum), weights(without))
-    for a, b in zip(forum.grads.seen, without.grads.seen): assert torch.equal(a, b)
-    assert (weights(ours)-weights(without)).abs().max() > 1e-3
-    close(weights(ours), weights(ref))
-    for a, b in zip(ours.grads.seen, ref.grads.seen): close(a, b)
-
-
-# ---------------------------------------------------------------- point 1: what is trained on and logged
+# ---------------------------------------------------------------- what is trained on, logged and shown
 
 class Logits(nn.Module):
-    "Its weights ARE the logits, whatever comes in: the gradient of a weight is the gradient of a logit."
-    def __init__(self, w):
-        super().__init__()
-        self.w = nn.Parameter(w)
+    "Its weights are the logits, whatever comes in: the gradient of a weight is the gradient of a logit."
+    def __init__(self, w): super().__init__(); self.w = nn.Parameter(w)
     def forward(self, x): return self.w + 0*x.sum()
 
-
-def test_point_1_gradient_and_loss_by_hand():
+def test_gradient_and_loss_by_hand():
     """logits [2,-1], y [1,0], eps .1: q = [.9, .1]; loss (.326928+.413262)/2 = .370095;
     gradient (sigmoid(2)-.9)/2 = -.009601 and (sigmoid(-1)-.1)/2 = .084471 (both worked out in test_losses.py)."""
-    dls = tensor_dls(torch.zeros(2, 1), tensor([[1., 0.]]*2), bs=1, n_valid=1)
-    learn = multi_learner(dls=dls, model=Logits(tensor([[2., -1.]])), cbs=[MultiLabelSmoothingCallback(.1), Grads()])
-    loss = Spy(lambda l: l.loss.item(), 'after_batch')
-    learn.add_cb(loss).fit(1, 0.)
+    dls, loss = tensor_dls(torch.zeros(2, 1), tensor([[1., 0.]]*2), bs=1, n_valid=1), at('after_batch', lambda l: l.loss.item())
+    learn = hard(dls=dls, model=Logits(tensor([[2., -1.]])), cbs=[MultiLabelSmoothingCallback(.1), Grads(), loss])
+    learn.fit(1, 0.)
     close(learn.grads.seen[0], tensor([-.009601, .084471]), atol=2e-6)
     close(loss.train()[0], .370095, atol=2e-6)
 
+def test_default_eps_is_a_twentieth(): same_training(hard(cbs=[MultiLabelSmoothingCallback]), reference(eps=.05))
 
-def test_point_1_default_eps_is_a_twentieth():
-    assert MultiLabelSmoothingCallback().eps == .05
-    same_training(multi_learner(cbs=[MultiLabelSmoothingCallback]), reference_learner(eps=.05))
-
-
-def test_point_1_yb_is_smoothed_in_before_backward():
-    hard = Spy(lambda l: l.yb[0].clone(), 'before_batch', order=99)
-    soft = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99)
-    fit_seeded(multi_learner(cbs=[MultiLabelSmoothingCallback(.1), hard, soft]), 1)
-    assert len(soft.seen) == len(hard.train()) > 1
-    for y, q in zip(hard.train(), soft.train()): close(q, y*.8+.1)
-
-
-def test_point_1_a_soft_target_lies_in_between():
-    "MixUp's .7 becomes .7*.8+.1 = .66, where the forum's loop makes it eps"
-    q = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99)
-    dls = tensor_dls(torch.zeros(4, 6), torch.full((4, 5), .7), bs=2, n_valid=2)
-    multi_learner(dls=dls, cbs=[MultiLabelSmoothingCallback(.1), q]).fit(1)
-    close(q.train()[0], torch.full((2, 5), .66))
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
-def test_point_1_a_floating_target_keeps_type_and_dtype(dtype):
-    class CastLoss:
-        "A user's own loss that does its own casting"
-        def __call__(self, pred, y): return F.binary_cross_entropy_with_logits(pred, y.as_subclass(Tensor).float())
-    x, y = torch.randn(8, 6), (torch.rand(8, 5) < .5).to(dtype)
-    q = Spy(lambda l: l.yb[0], 'before_backward', order=99)
-    dls = tensor_dls(x, y.as_subclass(TensorMultiCategory), bs=4)
-    learn = multi_learner(CastLoss(), dls=dls, cbs=[MultiLabelSmoothingCallback(EPS), q])
-    learn.remove_cb(CastToTensor)
-    before = Spy(lambda l: l.yb[0], 'before_batch', order=99)
-    learn.add_cb(before).fit(1)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bool, torch.uint8, torch.int64])
+def test_smoothed_targets_keep_their_class_and_a_floating_dtype(dtype):
+    "Integers and bools take the dtype of the predictions; a soft label lies in between"
+    y = (torch.rand(8, 5) if dtype.is_floating_point else torch.rand(8, 5) < .5).to(dtype)
+    dls, before = tensor_dls(torch.randn(8, 6), y.as_subclass(TensorMultiCategory), bs=4), at('before_batch')
+    q = at('before_backward', lambda l: l.yb[0])
+    ours(lambda pred, y: bce(pred, y.as_subclass(Tensor).float()), [q, before], dls=dls).remove_cb(CastToTensor).fit(1)
+    assert len(q.train()) > 0
     for a, b in zip(before.train(), q.train()):
-        assert type(b) is type(a) is TensorMultiCategory and b.dtype == a.dtype == dtype and b.device == a.device
-        close(plain(b), plain(a)*.75+.125, atol=1e-3)
+        assert type(b) is TensorMultiCategory and b.dtype == (dtype if dtype.is_floating_point else torch.float32)
+        close(b.float(), a.as_subclass(torch.Tensor).float()*.75+.125, atol=1e-3)
 
-
-def plain(t): return t.as_subclass(torch.Tensor)
-
-
-@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int64])
-def test_point_1_bool_and_integer_targets_take_the_dtype_of_pred(dtype):
-    q = Spy(lambda l: l.yb[0], 'before_backward', order=99)
-    ours = multi_learner(dls=multi_dls(dtype=dtype), cbs=[MultiLabelSmoothingCallback(EPS), q])
-    same_training(ours, reference_learner(dls=multi_dls(dtype=dtype)))
-    for t in q.train(): assert t.dtype == torch.float32 and set(t.unique().tolist()) == {.125, .875}
-
-
-def test_point_1_recorder_logs_the_smoothed_training_and_the_hard_validation_loss():
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(.1)])
+def test_recorder_and_others_see_the_smoothed_training_and_the_hard_validation_loss():
+    batch = at('after_batch', lambda l: (l.pred.detach().clone(), l.yb[0].clone(), l.loss.item(), l.loss_grad.item()))
+    learn = ours(cbs=[batch])
     learn.recorder.smooth_loss.beta = 0.
-    pair = Spy(lambda l: (l.pred.detach().clone(), l.yb[0].clone(), l.loss.item()), 'after_batch', order=99)
-    fit_seeded(learn.add_cb(pair), 1)
-    bce = F.binary_cross_entropy_with_logits
-    assert len(learn.recorder.losses) == len(pair.train()) > 1
-    for logged, (pred, y, loss) in zip(learn.recorder.losses, pair.train()):
-        close(logged.item(), bce(pred, y*.8+.1).item())
-        close(loss, bce(pred, y*.8+.1).item())
-    assert max(abs(loss-bce(pred, y).item()) for pred, y, loss in pair.train()) > 1e-4
-    pred, y = (torch.cat([o[i] for o in pair.valid()]) for i in (0, 1))
-    close(learn.recorder.values[-1][1], bce(pred, y).item())
+    fit_seeded(learn, 1)
+    assert len(learn.recorder.losses) == len(batch.train()) > 1
+    for logged, (pred, y, loss, loss_grad) in zip(learn.recorder.losses, batch.train()):
+        for o in (logged, loss, loss_grad): close(o, bce(pred, y*.75+.125))
+        assert set(y.unique().tolist()) == {0., 1.} and abs(loss - bce(pred, y)) > 1e-4
+    pred, y = (torch.cat([o[i] for o in batch.valid()]) for i in (0, 1))
+    close(learn.recorder.values[-1][1], bce(pred, y))
 
+def test_validation_is_untouched():
+    a, b = ours(), hard()
+    assert a.validate()[0] == b.validate()[0]
+    for p, q in zip(a.get_preds(with_loss=True), b.get_preds(with_loss=True)): assert torch.equal(p, q)
 
-# ---------------------------------------------------------------- point 2: hard labels come back
+# ---------------------------------------------------------------- what others do to the loss
 
-class Identity(Callback):
-    "Is `yb` the tuple that it was before the batch? Asked at `events`."
-    def __init__(self, *events, order=0):
-        self.order, self.answers = order, []
-        self.before_batch = self._keep
-        for e in events: setattr(self, e, partial(self._ask, e))
-    def _keep(self): self.hard, self.copy = self.learn.yb, self.learn.yb[0].clone()
-    def _ask(self, event):
-        same = self.learn.yb is self.hard and self.learn.yb[0] is self.hard[0]
-        self.answers.append((event, same and torch.equal(self.learn.yb[0], self.copy)))
-    def events(self): return {e for e, _ in self.answers}
-    def all_hard(self): return all(ok for _, ok in self.answers)
+class Changes(Callback):
+    "Of a user: changes `loss_grad`"
+    def __init__(self, f, event='after_loss', order=0):
+        self.f, self.order = f, order
+        setattr(self, event, self._change)
+    def _change(self):
+        if self.training: self.learn.loss_grad = self.f(self.learn.loss_grad, self.learn)
 
+def of_weights(learn): return .01*sum(p.pow(2).sum() for p in learn.model.parameters())
+def of_preds(learn): return .05*learn.pred.pow(2).mean()
 
-@pytest.mark.parametrize('order', [-5, 9.5, 99])
-def test_point_2_yb_is_the_very_hard_object_again(order):
-    "A clone would do for the numbers, but a callback that keeps a reference would see the wrong tensor"
-    asked = ['after_backward', 'before_step', 'after_step', 'after_batch']
-    # CastToTensor (order 9) makes a new tuple in before_batch, so what comes before it is asked without it
-    who = Identity(*asked, order=order)
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(.1), who])
-    if order < 9: learn.remove_cb(CastToTensor)
-    learn.fit(1)
-    assert who.events() == set(asked) and who.all_hard()
+CHANGES = dict(
+    factor=lambda l, learn: l*3, factor_in_place=lambda l, learn: l.mul_(3), term=lambda l, learn: l + of_weights(learn),
+    term_in_place=lambda l, learn: l.add_(of_preds(learn)), distillation=lambda l, learn: .5*l + .5*of_preds(learn),
+    flooding=lambda l, learn: (l-.9).abs() + .9)
 
+@pytest.mark.parametrize('place', [('after_loss', -1e9), ('after_loss', -100), ('after_loss', 0), ('before_backward', 20)], ids=str)
+@pytest.mark.parametrize('name', CHANGES)
+def test_what_others_do_to_the_loss_is_done_to_the_smoothed_one(name, place):
+    "Whatever their order, before fastai's callbacks, or late as MixedPrecision"
+    learn = ours(cbs=[Changes(CHANGES[name], *place)])
+    same_training(learn, reference(cbs=[Changes(CHANGES[name], *place)]))
+    assert (weights(learn)-weights(fit_seeded(ours()))).abs().max() > 1e-6
 
-@pytest.mark.parametrize('ex,events', [
-    (CancelBatchException, ['after_cancel_batch', 'after_batch']),
-    (CancelBackwardException, ['after_backward', 'after_batch']),
-    (CancelTrainException, ['after_cancel_train', 'after_train', 'before_validate']),
-    (CancelEpochException, ['after_cancel_epoch', 'after_epoch']),
-    (CancelFitException, ['after_cancel_fit', 'after_fit'])])
-@pytest.mark.parametrize('order', [-5, 99])
-def test_point_2_restored_after_a_cancel_in_before_backward(ex, events, order):
-    who = Identity(*events, order=order)
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(.1), RaiseAt(ex, nth=1), who])
-    learn.remove_cb(CastToTensor)
-    learn.fit(1)
-    assert who.events() == set(events) and who.all_hard()
+def test_a_loss_put_in_the_place_of_loss_grad_is_an_error():
+    "Nothing of the smoothed loss is left: told, rather than accepted and ignored"
+    learn = ours(cbs=[Changes(lambda l, learn: F.mse_loss(learn.pred, learn.y))])
+    before = weights(learn).clone()
+    with pytest.raises(RuntimeError, match='loss_grad'): learn.fit(1)
+    assert torch.equal(weights(learn), before)
 
-
-@pytest.mark.parametrize('ex', [CancelBatchException, CancelBackwardException, CancelTrainException,
-                                CancelEpochException, CancelFitException])
-def test_point_2_training_goes_on_rightly_after_a_cancel(ex):
-    ours = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS), RaiseAt(ex)])
-    ref = reference_learner(cbs=[RaiseAt(ex)])
-    for learn in (ours, ref): fit_seeded(learn, 2)
-    same_training(ours, ref, 1)
-
-
-def test_point_2_after_an_uncaught_exception():
-    "The fit is over, nothing tells the callback; the next batch must not get the old one's labels"
-    ours, ref = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS)]), reference_learner()
-    for learn in (ours, ref):
-        with pytest.raises(RuntimeError, match='power cut'):
-            fit_seeded(learn, 1, cbs=RaiseAt(RuntimeError('power cut'), nth=2))
-        learn.opt.zero_grad()
-    hard = Spy(lambda l: l.yb[0].clone(), 'before_batch', 'after_batch', order=99)
-    close(ours.validate()[0], ref.validate()[0])
-    same_training(ours.add_cb(hard), ref, 1)
-    expected = [b[1] for b in ours.dls.train for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(hard.train(), expected))
-
-
-def test_point_2_training_metrics_see_hard_labels():
-    seen = []
-    def metric(pred, y):
-        seen.append(y.clone())
-        return accuracy_multi(pred, y)
-    big = torch.eye(5).repeat(4, 1)
-    learn = multi_learner(dls=tensor_dls(big, big, bs=5, n_valid=5), model=nn.Linear(5, 5), metrics=metric,
-                          cbs=[MultiLabelSmoothingCallback(.3)])
-    with torch.no_grad(): learn.model.weight.copy_(40*torch.eye(5)); learn.model.bias.fill_(-20.)
-    learn.recorder.train_metrics = True
-    learn.fit(1, 1e-6)
-    assert len(seen) == 4 and all(set(y.unique().tolist()) == {0., 1.} for y in seen)
-    names, values = learn.recorder.metric_names, learn.recorder.values[-1]
-    assert values[list(names).index('train_metric')-1] == 1.
-
-
-def test_point_2_no_tensor_of_a_batch_is_stored():
-    "What has another shape than the prior, which is configuration: nothing that a validation in between could lose, or a pickle carry"
-    def has(v): return v.shape != (5,) if isinstance(v, Tensor) else isinstance(v, tuple) and any(map(has, v))
-    cb = MultiLabelSmoothingCallback(.1, prior=torch.full((5,), .3))
-    during = Spy(lambda l: {k for k, v in vars(cb).items() if has(v)}, 'after_loss', 'before_backward', 'after_backward', order=99)
-    multi_learner(cbs=[cb, during]).fit(1)
-    assert len(during.seen) > 3 and not set().union(*(o for _, o in during.seen))
-
-
-# ---------------------------------------------------------------- point 3: validation is untouched
-
-def test_point_3_validation_is_hard():
-    ours, plain_ = multi_learner(cbs=[MultiLabelSmoothingCallback(.3)]), multi_learner()
-    close(ours.validate()[0], plain_.validate()[0], atol=0, rtol=0)
-    a, b = ours.get_preds(with_loss=True), plain_.get_preds(with_loss=True)
-    for s, t in zip(a, b): assert torch.equal(s, t)
-    y = Spy(lambda l: l.yb[0].clone(), 'after_loss', 'after_batch', order=99)
-    ours.add_cb(y).fit(1)
-    assert len(y.valid()) > 0 and all(set(t.unique().tolist()) <= {0., 1.} for t in y.valid())
-
-
-# ---------------------------------------------------------------- point 4: it composes
-
-class CPUMixedPrecision(MixedPrecision):
-    "fastai's, which asks for autocast('cuda') and so does nothing here, on the CPU"
-    def before_fit(self):
-        dtype = torch.bfloat16 if self.amp_mode == AMPMode.BF16 else torch.float16
-        self.autocast = autocast('cpu', dtype=dtype)
-        self.learn.scaler = GradScaler('cpu', init_scale=2.**10, enabled=dtype == torch.float16)
-        self.scales = L()
-
-
-class HalfSeen(Callback):
-    "Did the model run in half precision?"
-    order = 9.5  # before MixedPrecision (10) turns pred to float
-    def after_pred(self): self.dtypes = getattr(self, 'dtypes', set()) | {self.pred.dtype}
-
-
-class ScaleOut(Callback):
-    def after_loss(self):
-        if self.training: self.learn.loss_grad = self.learn.loss_grad*3
-
-
-class ScaleIn(Callback):
-    def after_loss(self):
-        if self.training: self.learn.loss_grad *= 3
-
-
-class AddOut(Callback):
-    def after_loss(self):
-        if self.training: self.learn.loss_grad = self.learn.loss_grad + .05*self.learn.pred.pow(2).mean()
-
-
-class AddIn(Callback):
-    def after_loss(self):
-        if self.training: self.learn.loss_grad += .05*self.learn.pred.pow(2).mean()
-
-
-class Replace(Callback):
-    "Trains on something else altogether"
-    def after_loss(self):
-        if self.training: self.learn.loss_grad = F.mse_loss(self.learn.pred, self.learn.y)
-
-
-class AddWeights(Callback):
-    "A penalty that does not go through the predictions"
-    def after_loss(self):
-        penalty = sum(p.pow(2).sum() for p in self.model.parameters())
-        if self.training: self.learn.loss_grad = self.learn.loss_grad + .01*penalty
-
-
-class ScaleLate(Callback):
-    "In before_backward, as MixedPrecision does it: after ours"
-    order = 20
-    def before_backward(self): self.learn.loss_grad = self.learn.loss_grad*2
-
-
-OTHERS = dict(
-    nothing=lambda: [],
-    fp16=lambda: [CPUMixedPrecision(), HalfSeen()],
-    bf16=lambda: [CPUMixedPrecision(amp_mode=AMPMode.BF16), HalfSeen()],
-    fastai_fp16=lambda: [MixedPrecision()],  # does nothing on a CPU, and must go on doing so
-    accumulation=lambda: [GradientAccumulation(32)],
-    uneven_accumulation=lambda: [GradientAccumulation(24)],
-    clip=lambda: [GradientClip(.05)],
-    mixup=lambda: [MixUp()],
-    cast=lambda: [CastToTensor()],
-    scale_out=lambda: [ScaleOut()], scale_in=lambda: [ScaleIn()], add_out=lambda: [AddOut()], add_in=lambda: [AddIn()],
-    scale_late=lambda: [ScaleLate()],
-    weight_penalty=lambda: [AddWeights()],
-    scale_then_add=lambda: [ScaleOut(), AddIn()], add_then_scale=lambda: [AddOut(), ScaleIn()],
-    all_scalars=lambda: [ScaleIn(), AddOut(), GradientAccumulation(32), GradientClip(.05)],
-    fp16_accumulation_clip=lambda: [CPUMixedPrecision(), GradientAccumulation(32), GradientClip(.05), ScaleIn()])
-
-
-@pytest.mark.parametrize('first', [True, False], ids=['added first', 'added last'])
-@pytest.mark.parametrize('name', OTHERS)
-def test_point_4_gradient_equals_the_reference(name, first):
-    ours, others = [MultiLabelSmoothingCallback(EPS)], OTHERS[name]()
-    a = multi_learner(cbs=ours+others if first else others+ours)
-    b = reference_learner(cbs=OTHERS[name]())
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch: autocast('cuda') without CUDA; scheduler order
-        same_training(a, b)
-    for learn in (a, b):
-        if hasattr(learn, 'half_seen'): assert learn.half_seen.dtypes <= {torch.float16, torch.bfloat16}
-
-
-def test_point_4_the_callbacks_above_do_something():
-    "So that the equalities are not those of callbacks that were never run"
-    def w(name):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            return weights(fit_seeded(multi_learner(cbs=[MultiLabelSmoothingCallback(EPS)]+OTHERS[name]())))
-    base = w('nothing')
-    for name in OTHERS:
-        if name not in ('nothing', 'fastai_fp16', 'cast'): assert (w(name)-base).abs().max() > 1e-6, name
-
-
-@pytest.mark.parametrize('first', [True, False], ids=['added first', 'added last'])
-@pytest.mark.parametrize('name', ['mixup', 'cutmix'])
-def test_point_4_mixup_and_cutmix_on_images(name, first):
-    "Mixed labels are soft; the reference smooths the mixed ones"
-    other = dict(mixup=MixUp, cutmix=CutMix)[name]
-    # CutMix writes into the batch: each Learner needs tensors of its own
-    make = lambda: dict(dls=multi_image_dls(), model=flat_mlp())
-    ours = MultiLabelSmoothingCallback(EPS)
-    a = multi_learner(cbs=[ours, other()] if first else [other(), ours], **make())
-    same_training(a, reference_learner(cbs=[other()], **make()))
-
-
-@pytest.mark.parametrize('first', [True, False], ids=['added first', 'added last'])
-@pytest.mark.parametrize('extra', [lambda: [], lambda: [GradientAccumulation(32), GradientClip(.1)]],
-                         ids=['alone', 'accumulation and clip'])
-def test_point_4_rnn_regularizer(extra, first):
-    ours, make = [MultiLabelSmoothingCallback(EPS)], lambda: [RNNCallback(), RNNRegularizer(alpha=2., beta=1.)]
-    others = make()+extra()
-    a = multi_learner(model=rnn_net(), cbs=ours+others if first else others+ours)
-    same_training(a, reference_learner(model=rnn_net(), cbs=make()+extra()))
-    unregularised = multi_learner(model=rnn_net(), cbs=[RNNCallback()]+ours)
-    assert (weights(fit_seeded(unregularised)) - weights(a)).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize('first', [True, False], ids=['added first', 'added last'])
-def test_point_4_one_cycle_with_adam(first):
-    ours, others = [MultiLabelSmoothingCallback(EPS)], [GradientClip(.5)]
-    a = multi_learner(cbs=ours+others if first else others+ours, opt_func=Adam)
-    b = reference_learner(cbs=others, opt_func=Adam)
-    for learn in (a, b):
-        torch.manual_seed(0)
-        learn.fit_one_cycle(2, 1e-2)
-    close(weights(a), weights(b), atol=1e-5)
-
-
-def test_point_4_a_loss_put_in_the_place_of_loss_grad():
-    "Nothing of the hard loss is left to smooth: told, rather than accepted and ignored"
-    with pytest.raises(RuntimeError, match='loss_grad'):
-        multi_learner(cbs=[MultiLabelSmoothingCallback(), Replace()]).fit(1)
-
-
-class Early(Callback):
-    "A term and a factor from before all of fastai's callbacks, as distillation adds them"
-    order = -100
-    def __init__(self, f): self.f = f
-    def after_loss(self):
-        if self.training: self.learn.loss_grad = self.f(self.learn.loss_grad, self.model[0].weight)
-
-
-@pytest.mark.parametrize('order', [-1e9, -100, 0])
-@pytest.mark.parametrize('f', [lambda l, w: l + 10*w.pow(2).sum(), lambda l, w: .5*l + .5*w.abs().sum(), lambda l, w: (l-.5).abs() + .5],
-                         ids=['term', 'factor', 'flooding'])
-def test_point_4_what_came_earlier_is_kept(f, order):
-    "Whatever its order, and also where it is not affine in the loss"
-    a, b = multi_learner(cbs=[Early(f), MultiLabelSmoothingCallback(EPS)]), reference_learner(cbs=[Early(f)])
-    for learn in (a, b): learn.early.order = order
-    same_training(a, b)
-
-
-def test_point_4_a_cancelled_backward_has_no_gradient_to_ask_about():
-    class Skip(Callback):
-        order = 99
-        def before_backward(self):
-            if self.iter == 1: raise CancelBackwardException
-    ours, ref = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS), Skip()]), reference_learner(cbs=[Skip()])
-    close(weights(fit_seeded(ours)), weights(fit_seeded(ref)))
-
-
-def test_point_4_the_hard_loss_is_not_run_backward():
-    "Its graph is never needed: one backward a batch through the model, one through the loss, and that the smoothed one"
-    class Count(torch.autograd.Function):
-        n = 0
-        @staticmethod
-        def forward(ctx, x, tag): ctx.tag = tag; return x.clone()
-        @staticmethod
-        def backward(ctx, g): Count.n += 1; return g, None
-    class Loss:
-        def __call__(self, pred, y): return F.binary_cross_entropy_with_logits(Count.apply(pred, None), y)
-    learn = multi_learner(Loss(), cbs=[MultiLabelSmoothingCallback(EPS), ScaleIn(), AddOut()])
-    learn.fit(1)
-    assert Count.n == len(learn.dls.train)
-
-
-# ---------------------------------------------------------------- point 5: which losses and targets
+# ---------------------------------------------------------------- losses, targets and priors
 
 class FocalBCE:
     "A user's own loss that takes float targets"
-    def __call__(self, pred, y):
-        p = pred.sigmoid()
-        return (F.binary_cross_entropy_with_logits(pred, y, reduction='none')*(y-p).pow(2)).mean()
-
+    def __call__(self, pred, y): return (bce(pred, y, reduction='none')*(y-pred.sigmoid()).pow(2)).mean()
 
 LOSSES = dict(
-    pos_weight=lambda: BCEWithLogitsLossFlat(pos_weight=tensor([1., 2., 3., .5, 1.]), thresh=.3),
-    module=nn.BCEWithLogitsLoss, own=FocalBCE, function=lambda: F.binary_cross_entropy_with_logits,
-    mse=MSELossFlat, summed=lambda: BCEWithLogitsLossFlat(reduction='sum'))
-
+    pos_weight=lambda: BCEWithLogitsLossFlat(pos_weight=tensor([1., 2., 3., .5, 1.]), thresh=.3), module=nn.BCEWithLogitsLoss, own=FocalBCE,
+    function=lambda: bce, mse=MSELossFlat, summed=lambda: BCEWithLogitsLossFlat(reduction='sum'))
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_point_5_any_loss_of_float_targets(name):
-    kwargs = dict(lr=.01) if name == 'summed' else {}
-    ours, ref = multi_learner(LOSSES[name](), [MultiLabelSmoothingCallback(EPS)]), reference_learner(LOSSES[name]())
-    for learn in (ours, ref):
-        if kwargs: learn.lr = kwargs['lr']
-    loss_func = ours.loss_func
-    same_training(ours, ref)
-    assert ours.loss_func is loss_func
+def test_any_loss_of_float_targets(name):
+    learn = ours(loss := LOSSES[name]())
+    same_training(learn, reference(LOSSES[name]()))
+    assert learn.loss_func is loss
 
+def test_integer_targets(): same_training(ours(dls=multi_dls(dtype=torch.int64)), reference(dls=multi_dls(dtype=torch.int64)))
 
-def test_point_5_thresh_and_pos_weight_stay_the_loss_own():
-    learn = multi_learner(LOSSES['pos_weight'](), [MultiLabelSmoothingCallback(EPS)])
-    learn.fit(1)
-    probs, _, decoded = learn.get_preds(with_decoded=True)
-    assert learn.loss_func.thresh == .3 and torch.equal(decoded, probs > .3)
+def test_a_prior_for_each_label():
+    "q = (1-2 eps) y + 2 eps prior; it may be set later"
+    same_training(ours(prior=PRIOR), reference(u=PRIOR))
+    cb = MultiLabelSmoothingCallback(.4)
+    cb.eps, cb.prior = EPS, tensor([.25]*5)
+    same_training(hard(cbs=[cb]), reference(u=.25))
 
+@pytest.mark.parametrize('shape,prior', [((3, 4, 4), tensor([.1, .2, .3])), ((1, 4, 4), tensor([.1])), ((4, 4), tensor([.1]))])
+def test_a_prior_of_images(shape, prior):
+    "It lies along the channels; masks (N,H,W) are of one label"
+    x, y = torch.randn(16, *shape), (torch.rand(16, *shape) < .5).float()
+    def learner(**kwargs):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), x[0].numel()), nn.Unflatten(1, shape))
+        return ours(dls=tensor_dls(x, y, 8), model=model, **kwargs)
+    q, before = at('before_backward'), at('before_batch')
+    learner(prior=prior, cbs=[q, before]).fit(1)
+    for a, b in zip(before.train(), q.train()): close(b, .75*a + .25*(prior.view(-1, 1, 1) if len(shape) == 3 else prior))
+    with pytest.raises(ValueError, match=r'prior must have shape \((1|3),\).*got \(4,\)'): learner(prior=torch.rand(4)).fit(1)
 
-def test_point_5_a_prior_for_each_label():
-    "q = (1-2 eps) y + 2 eps prior"
-    prior = tensor([.9, .25, .5, .125, 0.])
-    q, y = (Spy(lambda l: l.yb[0].clone(), e, order=99) for e in ('before_backward', 'before_batch'))
-    ours = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, prior=prior), q, y])
-    same_training(ours, reference_learner(u=prior))
-    for a, b in zip(q.train(), y.train()): close(a, b*.75 + .25*prior)
+@pytest.mark.parametrize('target,said', [(torch.zeros(64).long(), 'LabelSmoothingCrossEntropyFlat'), (torch.zeros(64, 1).long(), 'class indices'),
+                                         (torch.zeros(64, 4), 'shaped like the predictions')], ids=['index', 'column', 'float'])
+def test_a_target_that_does_not_fit_is_told_before_the_loss_chokes_on_it(target, said):
+    with pytest.raises(TypeError, match=said): ours(dls=tensor_dls(torch.randn(64, 6), target)).fit(1)
 
+def test_unknown_labels_stay_nan():
+    def known_only(pred, y): return bce(pred[known := ~y.isnan()], y[known])
+    def dls():
+        g = torch.Generator().manual_seed(3)
+        y = (torch.rand(64, 5, generator=g) < .5).float()
+        return tensor_dls(torch.randn(64, 6, generator=g), torch.where(torch.rand(64, 5, generator=g) < .3, NAN, y))
+    q, before = at('before_backward'), at('before_batch')
+    same_training(ours(known_only, [q, before], dls=dls()), reference(known_only, dls=dls()))
+    for a, b in zip(before.train(), q.train()): assert a.isnan().any() and torch.equal(b.isnan(), a.isnan())
 
 class Validates(Callback):
     "Of a user: validates after each step, and goes on training"
@@ -502,233 +195,269 @@ class Validates(Callback):
         self.learn.training = True
         self.model.train()
 
-
-def test_a_prior_outlives_a_validation():
-    "0.2 of the negatives' mass goes by the prior in every batch"
-    prior = tensor([.05, .1, .2, .3, .4])
-    q = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99)
-    learn = tensor_learner(multi_dls(), mlp(), BCEWithLogitsLossFlat(), cbs=[q, Validates()]).to_smooth(.2, prior=prior)
-    learn.fit(1)
-    negatives = torch.cat(q.train()).amin(0)
-    assert len(q.train()) == 3
-    close(negatives, tensor([.02, .04, .08, .12, .16]))
-
-
-@pytest.mark.parametrize('shape,prior', [((3, 4, 4), tensor([.1, .2, .3])), ((1, 4, 4), tensor([.1])), ((4, 4), tensor([.1]))])
-def test_a_prior_of_images(shape, prior):
-    "It lies along the channels; masks (N,H,W) are of one label"
-    x, y = torch.randn(16, *shape), (torch.rand(16, *shape) < .5).float()
-    q = Spy(lambda l: (l.yb[0].clone(), l._hard[0]), 'before_backward', order=99)
-    keep = Spy(lambda l: setattr(l, '_hard', l.yb), 'before_batch')
-    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), x[0].numel()), nn.Unflatten(1, shape))
-    multi_learner(dls=tensor_dls(x, y, 8), model=model, cbs=[MultiLabelSmoothingCallback(EPS, prior), keep, q]).fit(1)
-    for soft, hard in q.train(): close(soft, .75*hard + .25*(prior.view(-1, 1, 1) if len(shape) == 3 else prior))
-    with pytest.raises(ValueError, match=r'prior must have shape \((1|3),\).*got \(4,\)'):
-        multi_learner(dls=tensor_dls(x, y, 8), model=model, cbs=[MultiLabelSmoothingCallback(EPS, torch.rand(4))]).fit(1)
-
-
-def test_one_logit_and_flat_targets():
-    "(N,1) logits with (N,) targets, which fastai's BCEWithLogitsLossFlat flattens"
-    dls = tensor_dls(torch.randn(32, 6), (torch.rand(32) < .5).float(), 8)
-    q = Spy(lambda l: l.yb[0].clone(), 'before_backward', order=99)
-    ours = multi_learner(dls=dls, model=mlp(k=1), cbs=[MultiLabelSmoothingCallback(EPS, tensor([.5])), q])
-    same_training(ours, reference_learner(dls=dls, model=mlp(k=1)))
-    assert {o.shape for o in q.train()} == {(8,)}
-
-
 def test_frequencies_are_counted_once_a_fit(monkeypatch):
     "Not again for the validations in it"
-    import fastai_smooth.callback as module
     counted = []
-    monkeypatch.setattr(module, 'train_prior', lambda dls, multi, axis: counted.append(dls) or torch.full((5,), .25))
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, 'train'), Validates()])
+    monkeypatch.setattr('fastai_smooth.callback.train_prior', lambda dls, multi, axis: counted.append(dls) or torch.full((5,), .25))
+    learn = ours(prior='train', cbs=[Validates()])
     for n in (1, 2):
         learn.fit(2)
         assert len(counted) == n
+    same_training(ours(prior='train'), reference(u=.25))
 
-
-def test_a_prior_that_is_set_is_checked():
-    cb = MultiLabelSmoothingCallback(EPS)
-    for bad, ex in ((tensor([.5, 1.5]), ValueError), ('trian', ValueError), ([.1]*5, TypeError)):
-        with pytest.raises(ex, match='prior'): cb.prior = bad
-    cb.prior = tensor([.25]*5)
-    same_training(multi_learner(cbs=[cb]), reference_learner(u=.25))
-
+def test_labels_that_cannot_be_counted_are_told_before_anything_is_trained():
+    learn = tensor_learner(multi_dls(), nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)), BCEWithLogitsLossFlat(), cbs=MultiLabelSmoothingCallback(prior='train'))
+    with pytest.raises(TypeError, match='pass prior=tensor'): learn.fit(1)
+    assert learn.model[0].num_batches_tracked == 0
 
 def test_it_shows_eps_and_prior():
     assert repr(MultiLabelSmoothingCallback()) == 'MultiLabelSmoothingCallback(eps=0.05)'
     assert repr(MultiLabelSmoothingCallback(.1, 'train')) == "MultiLabelSmoothingCallback(eps=0.1, prior='train')"
     assert 'prior=tensor([0.2500, 0.5000])' in repr(MultiLabelSmoothingCallback(.1, tensor([.25, .5])))
 
-
 def test_eps_of_a_half_leaves_nothing_to_learn():
     with pytest.warns(UserWarning, match='positives and negatives the same') as said: cb = MultiLabelSmoothingCallback(.5)
     with pytest.warns(UserWarning, match='positives and negatives the same'): cb.eps = .5
     assert len(said) == 1
 
+# ---------------------------------------------------------------- adding, removing, exporting
 
-def test_point_5_unknown_labels_stay_nan():
-    class KnownOnly:
-        "A user's own: nan labels do not count"
-        def __call__(self, pred, y):
-            known = ~y.isnan()
-            return F.binary_cross_entropy_with_logits(pred[known], y[known])
-    def dls():
-        g = torch.Generator().manual_seed(3)
-        y = (torch.rand(64, 5, generator=g) < .5).float()
-        y[torch.rand(64, 5, generator=g) < .3] = float('nan')
-        return tensor_dls(torch.randn(64, 6, generator=g), y)
-    q, y = (Spy(lambda l: l.yb[0].clone(), e, order=99) for e in ('before_backward', 'before_batch'))
-    ours = multi_learner(KnownOnly(), [MultiLabelSmoothingCallback(EPS), q, y], dls=dls())
-    same_training(ours, reference_learner(KnownOnly(), dls=dls()))
-    for a, b in zip(q.train(), y.train()):
-        assert a.isnan().any() and torch.equal(a.isnan(), b.isnan())
-        close(a[~a.isnan()], b[~b.isnan()]*.75+.125)
-
-
-def test_point_5_class_indices_name_the_loss_to_use():
-    learn = tensor_learner(single_dls(), mlp(k=4), CrossEntropyLossFlat(), cbs=MultiLabelSmoothingCallback())
-    with pytest.raises(TypeError, match='LabelSmoothingCrossEntropyFlat'): learn.fit(1)
-
-
-def test_point_5_a_shape_other_than_pred_is_a_type_error():
-    class Broadcasts:
-        def __call__(self, pred, y): return F.binary_cross_entropy_with_logits(pred, y.expand_as(pred))
-    dls = tensor_dls(torch.randn(16, 6), (torch.rand(16, 1) < .5).float(), bs=4)
-    with pytest.raises(TypeError, match='shape'):
-        multi_learner(Broadcasts(), [MultiLabelSmoothingCallback()], dls=dls).fit(1)
-
-
-def test_point_5_exactly_one_target():
-    class TwoTargets:
-        def __call__(self, pred, y, z): return F.binary_cross_entropy_with_logits(pred, y) + z.mean()*0
-    y = (torch.rand(16, 5) < .5).float()
-    dls = tensor_dls(torch.randn(16, 6), [y, y], bs=4)
-    with pytest.raises(TypeError, match='(?i)one target|2'):
-        multi_learner(TwoTargets(), [MultiLabelSmoothingCallback()], dls=dls).fit(1)
-
-
-@pytest.mark.parametrize('loss', [LabelSmoothingBCEWithLogitsFlat(.1), LabelSmoothingCrossEntropyFlat(multi_hot=True),
-                                  nn.CrossEntropyLoss(label_smoothing=.1)], ids=['sigmoid', 'softmax', 'torch'])
-def test_point_5_a_loss_that_already_smooths(loss):
-    learn = multi_learner(loss, [MultiLabelSmoothingCallback()])
-    with pytest.raises(ValueError, match='(?i)smooth'): learn.fit(1)
-    learn.remove_cb(MultiLabelSmoothingCallback).fit(1)
-
-
-@pytest.mark.parametrize('kwargs', [dict(eps=.6), dict(eps=-.1), dict(eps=float('nan')),
-                                    dict(prior=tensor([.5, 1.5])), dict(prior=tensor([-.1, .5]))])
-def test_bad_values_raise_when_built(kwargs):
-    with pytest.raises(ValueError): MultiLabelSmoothingCallback(**kwargs)
-
-
-def test_a_prior_of_the_wrong_length():
-    with pytest.raises(ValueError, match=r'(?s)3.*5|5.*3'):
-        multi_learner(cbs=[MultiLabelSmoothingCallback(prior=torch.full((3,), .5))]).fit(1)
-
-
-# ---------------------------------------------------------------- point 6: adding, removing, exporting
-
-def test_point_6_a_second_one_raises_at_before_fit():
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS), MultiLabelSmoothingCallback(.3)])
-    reached = Spy(lambda l: 1, 'before_batch')
-    with pytest.raises(Exception, match='MultiLabelSmoothingCallback'): learn.add_cb(reached).fit(1)
-    assert reached.seen == []
-    learn.remove_cb(learn.cbs.filter(risinstance(MultiLabelSmoothingCallback))[1])
-    same_training(learn, reference_learner())
-
-
-def test_point_6_a_second_one_in_fit():
-    "Nothing of it is left: not the second callback, nor another one passed with it"
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS)])
+def test_a_second_one_raises_before_anything_is_trained():
+    "Nothing of what fit was given is left: not the second callback, nor another one passed with it"
+    learn, reached = ours(), at('before_batch')
     n = len(learn.cbs)
-    with pytest.raises(Exception, match='MultiLabelSmoothingCallback'):
-        learn.fit(1, cbs=[Spy(lambda l: 1, 'before_batch'), MultiLabelSmoothingCallback(.3)])
-    assert len(learn.cbs) == n
-    same_training(learn, reference_learner())
+    with pytest.raises(ValueError, match='two MultiLabelSmoothingCallbacks'): learn.fit(1, cbs=[reached, MultiLabelSmoothingCallback(.3)])
+    assert reached.seen == [] and len(learn.cbs) == n
+    same_training(learn, reference())
 
-
-def test_point_6_fit_cbs_and_remove_cb():
-    learn, ref, hard = multi_learner(), reference_learner(), multi_learner()
+def test_fit_cbs_and_remove_cb():
+    learn, ref = hard(), reference()
     fit_seeded(learn, 1, cbs=MultiLabelSmoothingCallback(EPS)); fit_seeded(ref, 1)
     close(weights(learn), weights(ref))
-    assert not any(isinstance(cb, MultiLabelSmoothingCallback) for cb in learn.cbs)
-    learn, added = multi_learner(), MultiLabelSmoothingCallback(EPS)
-    learn.add_cb(added).remove_cb(added)
-    same_training(learn, hard)
-    again = multi_learner(cbs=[added])
-    same_training(again.remove_cb(MultiLabelSmoothingCallback), multi_learner())
-
-
-@pytest.mark.parametrize('trained', [False, True])
-def test_point_6_export_and_load(tmp_path, trained):
-    prior = torch.full((5,), .25)
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS, prior=prior)], path=tmp_path, dls=exportable_dls())
-    if trained: fit_seeded(learn, 1)
-    x = torch.randn(3, 6)
-    before = learn.model.eval()(x)
-    learn.export('multi.pkl')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        loaded = load_learner(tmp_path/'multi.pkl')
-    assert loaded.multi_label_smoothing.eps == EPS
-    close(loaded.multi_label_smoothing.prior, prior)
-    close(loaded.model.eval()(x), before)
-    loaded.dls = exportable_dls()
-    ref = reference_learner(u=.25, dls=exportable_dls(), model=deepcopy(loaded.model))
-    same_training(quiet(loaded), ref, 1)
-
-
-def exportable_dls():
-    "fastai's own TfmdDLs, which `export` can empty"
-    y = {i: tensor([float(i % 2), float(i % 3 == 0), 1., 0., float(i > 10)]) for i in range(32)}
-    dsets = Datasets(list(range(32)), [[Row(torch.randn(32, 6, generator=torch.Generator().manual_seed(1)))],
-                                       [Row(torch.stack(list(y.values())))]], splits=(range(24), range(24, 32)))
-    return dsets.dataloaders(bs=8, shuffle=False, device=CPU, num_workers=0)
-
-
-class Row:
-    def __init__(self, rows): self.rows = rows
-    def __call__(self, i): return self.rows[i]
-
+    assert not learn.cbs.filter(risinstance(MultiLabelSmoothingCallback))
+    same_training(ours().remove_cb(MultiLabelSmoothingCallback), hard())
 
 def pickled(o): return pickle.loads(pickle.dumps(o))
 def cloudpickled(o): return pickle.loads(cloudpickle.dumps(o))
 
-
 @pytest.mark.parametrize('way', [pickled, cloudpickled, deepcopy])
-def test_point_6_the_callback_pickles(way):
-    cb = way(MultiLabelSmoothingCallback(EPS, prior=torch.full((5,), .25)))
-    same_training(multi_learner(cbs=[cb]), reference_learner(u=.25))
+def test_the_callback_and_a_trained_learner_pickle(way):
+    cb, learn = way(MultiLabelSmoothingCallback(EPS, PRIOR)), fit_seeded(ours(prior=PRIOR), 1)
+    same_training(hard(cbs=[cb]), reference(u=PRIOR))
+    same_training(way(learn), reference(u=PRIOR, model=deepcopy(learn.model)), 1)
 
+# ---------------------------------------------------------------- a schedule for eps
 
-def test_point_6_learner_pickles_after_a_fit():
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS)])
-    fit_seeded(learn, 1)
-    loaded = pickle.loads(pickle.dumps(learn))
-    ref = reference_learner(model=deepcopy(learn.model))
-    same_training(loaded, ref, 1)
+N_TRAIN, SCHED = 3, SchedLin(.3, .2)  # batches an epoch of single_dls(): 48 training rows, bs 16
 
+def scheduled(loss=None, cbs=(), sched=SCHED, **kwargs):
+    learn = tensor_learner(single_dls(), mlp(k=4), ifnone(loss, LabelSmoothingCrossEntropyFlat(.1)), **kwargs)
+    for cb in [*cbs, LabelSmoothingScheduler(sched)]: learn.add_cb(cb)
+    return learn
 
-def test_lr_find_then_fit(tmp_path):
-    learn = multi_learner(cbs=[MultiLabelSmoothingCallback(EPS)], path=tmp_path)
-    learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
-    same_training(learn, reference_learner(), 1)
+def values(sched, n_epoch): return tensor([float(sched(i/(N_TRAIN*n_epoch))) for i in range(N_TRAIN*n_epoch)])
 
+class LossAgrees(Callback):
+    "The loss of each training batch is `F.cross_entropy` at the schedule's eps; not asked of the batches of `eps_find`'s pilots"
+    order = -500
+    def __init__(self, sched=SCHED): self.sched, self.n = sched, 0
+    def after_loss(self):
+        if not self.training or not self.learn._grab_cbs(LabelSmoothingScheduler): return
+        close(self.learn.loss, F.cross_entropy(self.pred, self.y, label_smoothing=float(self.sched(self.pct_train))), atol=1e-5)
+        self.n += 1
 
-@pytest.mark.parametrize('target', [torch.zeros(64).long(), torch.zeros(64, 1).long(), torch.zeros(64, 4)], ids=['index', 'column', 'float'])
-def test_point_5_a_target_that_the_stock_loss_would_choke_on(target):
-    ds = list(zip(torch.randn(64, 8), target))
-    dls = DataLoaders(DataLoader(ds, bs=16), DataLoader(ds, bs=16))
-    learn = Learner(dls, nn.Linear(8, 3), loss_func=BCEWithLogitsLossFlat(), cbs=MultiLabelSmoothingCallback())
-    with learn.no_logging(), pytest.raises(TypeError, match='target') as e: learn.fit(1)
-    assert target.is_floating_point() or 'LabelSmoothingCrossEntropyFlat' in str(e.value)
+@pytest.mark.parametrize('sched', [SchedCos(.2, 0.), SchedExp(.01, .2), combine_scheds([.5, .5], [SchedCos(.2, .1), SchedCos(.1, 0.)])],
+                         ids=['cos', 'exp', 'combined'])
+def test_eps_follows_the_schedule_beside_one_cycle(sched):
+    learn, without = scheduled(sched=sched, cbs=[LossAgrees(sched)]), scheduled().remove_cb(LabelSmoothingScheduler)
+    for o in (learn, without): o.fit_one_cycle(2, 1e-2)
+    hps = learn.recorder.hps
+    assert set(hps) == {'lr', 'mom', 'eps'} and learn.loss_agrees.n == 2*N_TRAIN and learn.loss_func.eps == .1
+    close(hps['eps'], values(sched, 2))
+    for k in ('lr', 'mom'): close(hps[k], without.recorder.hps[k])
 
+@pytest.mark.parametrize('first', [True, False])
+def test_either_order_in_cbs_and_plot_sched(first):
+    learn, cbs = scheduled().remove_cb(LabelSmoothingScheduler), [LabelSmoothingScheduler(SCHED), ParamScheduler({'lr': SchedLin(.1, .01)})]
+    learn.fit(1, cbs=cbs if first else cbs[::-1])
+    assert set(learn.recorder.hps) == {'lr', 'eps'} and learn.loss_func.eps == .1
+    close(learn.recorder.hps['eps'], values(SCHED, 1))
+    learn.recorder.plot_sched()
+    plt.close('all')
 
-def test_callbacks_after_it_see_the_smoothed_loss_in_loss_grad():
-    "its value, too: what is backpropagated, and is reported to be"
-    seen = Spy(lambda l: (l.loss_grad.item(), l.loss.item(), smooth_binary_cross_entropy_with_logits(l.pred, l.y.round(), .2).item()), 'before_backward')
-    learn = tensor_learner(multi_dls(), mlp(), BCEWithLogitsLossFlat(), cbs=[MultiLabelSmoothingCallback(.2), seen])
+def test_every_fit_is_scheduled_and_recorded_anew():
+    "fit has no scheduler of its own: the 'lr' of fit_one_cycle before it is another fit's"
+    learn = scheduled(cbs=[LossAgrees()])
+    for n, fit in ((1, learn.fit_one_cycle), (2, learn.fit_one_cycle), (1, learn.fit)):
+        fit(n, 1e-2)
+        assert {len(v) for v in learn.recorder.hps.values()} == {n*N_TRAIN} and learn.loss_func.eps == .1
+        close(learn.recorder.hps['eps'], values(SCHED, n))
+    assert set(learn.recorder.hps) == {'eps'}
+
+def test_validating_goes_by_the_configured_eps_and_leaves_the_record_alone():
+    "validate and get_preds run before_fit and after_fit too, and train nothing"
+    seen = at('after_loss', lambda l: l.loss_func.eps)
+    learn = scheduled(cbs=[seen])
+    learn.validate()
+    assert 'eps' not in getattr(learn.recorder, 'hps', {})
+    learn.fit_one_cycle(2, 1e-2)
+    before = {k: list(v) for k, v in learn.recorder.hps.items()}
+    learn.validate(); learn.get_preds()
+    assert {k: list(v) for k, v in learn.recorder.hps.items()} == before
+    assert set(seen.valid()) == {.1} and .1 not in seen.train()
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_train'])
+def test_a_fit_cancelled_before_its_first_batch_leaves_the_record_alone(event):
+    "The values of an earlier fit are not merged into it"
+    def stop(self): raise CancelFitException
+    learn = scheduled()
+    learn.fit_one_cycle(1, .1)
+    before = dict(learn.recorder.hps)
+    learn.fit(1, cbs=Callback(**{event: stop}))
+    assert set(before) == {'lr', 'mom', 'eps'} and learn.recorder.hps == before
+
+def interrupted(**kwargs):
+    learn = scheduled(**kwargs)
+    with pytest.raises(RuntimeError, match='power cut'): learn.fit(2, cbs=RaiseAt(RuntimeError('power cut'), 'after_loss', nth=2))
+    return learn
+
+def test_eps_is_back_when_detached_after_an_exception():
+    assert interrupted().remove_cb(LabelSmoothingScheduler).loss_func.eps == .1
+
+@pytest.mark.parametrize('mix', [False, True])
+def test_eps_is_back_at_the_next_before_fit_after_an_exception(mix):
+    "The configured value, not the one that the exception left: neither validated with, nor taken for configured"
+    loss, seen = LabelSmoothingCrossEntropyFlat(.1), at('after_loss', lambda l: loss.eps)
+    learn = interrupted(loss=loss, cbs=[MixUp()]*mix)
+    learn.loss_func = loss  # MixUp leaves its own there; the user puts theirs back
+    if mix: learn.remove_cb(MixUp)
+    learn.add_cb(seen).validate()
+    assert set(seen.valid()) == {.1}
     learn.fit(1)
-    assert len(seen.seen) == 3
-    for _, (grad, loss, expected) in seen.seen: assert grad == pytest.approx(loss) == pytest.approx(expected)
+    close(seen.train(), values(SCHED, 1))
+    assert loss.eps == .1
+
+def test_eps_that_the_user_sets_stays():
+    "After an exception, between fits, and in the middle of one"
+    learn = interrupted()
+    for eps in (.3, .15):
+        learn.loss_func.eps = eps
+        learn.validate()
+        assert learn.loss_func.eps == eps
+        learn.fit(1)
+        assert learn.loss_func.eps == eps
+    class Sets(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 1: self.loss_func.eps = .05
+    learn.fit(1, cbs=Sets())
+    close(learn.recorder.hps['eps'], values(SCHED, 1))
+    assert learn.loss_func.eps == .05
+
+def test_with_the_loss_of_fastai():
+    "Where only the eps of its `func` takes effect, and nothing checks it"
+    loss = fastai.losses.LabelSmoothingCrossEntropyFlat(eps=.1)
+    learn = scheduled(loss, cbs=[LossAgrees()])
+    learn.fit(2)
+    assert learn.loss_agrees.n == 2*N_TRAIN and loss.func.eps == .1
+    with pytest.raises(ValueError, match='2.0'): scheduled(loss, sched=lambda pct: 2.).fit(1)
+
+@pytest.mark.parametrize('way', [pickled, deepcopy])
+def test_the_scheduler_and_its_learner_pickle(way):
+    learn = scheduled(sched=SchedCos(.3, 0.))
+    learn.fit(1)
+    other = scheduled().remove_cb(LabelSmoothingScheduler).add_cb(way(LabelSmoothingScheduler(SchedCos(.3, 0.))))
+    for again in (way(learn), other):
+        again.fit(1)
+        close(again.recorder.hps['eps'], values(SchedCos(.3, 0.), 1))
+        assert again.loss_func.eps == .1
+
+# ---------------------------------------------------------------- in the middle of a fit
+
+EVENTS = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
+          'before_step', 'after_step', 'after_batch', 'after_train', 'before_validate', 'after_validate', 'after_epoch', 'after_fit']
+ACTIONS = dict(validate=lambda learn: learn.validate(), get_preds=lambda learn: learn.get_preds(),
+               lr_find=lambda learn: learn.lr_find(num_it=6, show_plot=False), eps_find=lambda learn: learn.eps_find(1, show_plot=False))
+BESIDES = [(e, a, 1000) for e in ('before_epoch', 'after_step', 'after_epoch') for a in ('get_preds', 'lr_find', 'eps_find')]
+
+class Aside(Callback):
+    "Does `action` the second time that `event` comes (in the second batch or epoch), and then puts back what it changed in the Learner."
+    def __init__(self, action, event, order):
+        self.action, self.order, self.left = action, order, 1 if event in ('before_fit', 'after_fit') else 2
+        setattr(self, event, self._do)
+
+    def _do(self):
+        self.left -= 1
+        if self.left: return
+        keep, training = [(o, dict(vars(o))) for o in (self.learn, self.learn.recorder)], self.learn.model.training
+        self.action(self.learn)
+        for o, attributes in keep: vars(o).update(attributes)
+        self.learn.model.train(training)
+
+class KeepGrads(Callback):
+    "As `Grads`, over all fits: a validation in between fires before_fit, too"
+    order = 1001
+    def __init__(self): self.kept = []
+    def after_step(self): self.kept.append(torch.cat([p.grad.flatten() for p in self.learn.model.parameters()]))
+
+def beside(learn, action, event, order):
+    "Gradients and weights after two epochs in which `action` was done"
+    aside, step = Aside(ACTIONS[action], event, order), KeepGrads()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # the pilot has not learnt
+        fit_seeded(learn.add_cbs([step, aside]), 2)
+    assert aside.left <= 0 and len(step.kept) >= 6
+    return [*step.kept, weights(learn)]
+
+@pytest.mark.parametrize('event,action,order', [(e, 'validate', o) for e in EVENTS for o in (-1000, 1000)] + BESIDES)
+def test_what_is_done_in_the_middle_of_a_fit_changes_no_training(event, action, order, tmp_path):
+    "The gradients are those of a loss that smooths by itself, in whose fit the same was done; and eps stays the schedule's, as does its record"
+    smooth = tensor_learner(multi_dls(), mlp(), LabelSmoothingBCEWithLogitsFlat(EPS, prior=PRIOR), tmp_path)
+    for a, b in zip(beside(ours(prior=PRIOR, path=tmp_path), action, event, order), beside(smooth, action, event, order), strict=True): close(a, b)
+    learn = scheduled(LabelSmoothingCrossEntropyFlat(.5), cbs=[LossAgrees()], path=tmp_path)
+    beside(learn, action, event, order)
+    assert learn.loss_agrees.n >= 6 and learn.loss_func.eps == .5
+    if action in ('validate', 'get_preds'): assert len(learn.recorder.hps['eps']) == 6
+
+# ---------------------------------------------------------------- bad and odd arguments
+
+@st.composite
+def multi(draw):
+    n, k = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    loss = draw(st.sampled_from([BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), bce]))
+    return dict(pred=fuzz.rand(draw, n, k)*8-4, target=(fuzz.rand(draw, n, k) < .5).float(), eps=draw(st.floats(1e-6, .5)), prior=fuzz.rand(draw, k),
+                loss=loss, cbs=())
+
+def trained(pred, target, eps, prior, loss, cbs):
+    "Loss and gradient of the first batch; a fit that is refused trains nothing"
+    ys = [o.repeat(2, *[1]*(o.dim()-1)) for o in L(target)]
+    dls = tensor_dls(torch.zeros(2*len(pred), 1), ys, len(pred), len(pred))
+    learn = hard(loss, [MultiLabelSmoothingCallback(eps, prior), *cbs, Grads()], dls, Logits(pred.clone()))
+    try: learn.fit(1, .1)
+    except Exception: assert torch.equal(learn.model.w, pred); raise
+    return learn.recorder.losses[0], learn.grads.seen[0]
+
+def other(f): return lambda a: f(a['target'], len(a['target']), a['target'].shape[1])
+
+PRIORS = [lambda a: torch.full((len(a['prior'])+1,), .5), lambda a: a['prior'][None, None], lambda a: a['prior'][:0], lambda a: a['prior'][0],
+          *[lambda a, v=v: torch.full_like(a['prior'], v) for v in (-.5, NAN, 1.5, INF)], *no_values('prior'),
+          'valid', 'train', 3.5, [.5], np.ones(3), object()]
+one_class = [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy]
+smooth = [LabelSmoothingBCEWithLogitsFlat(), LabelSmoothingBCEWithLogits(), LabelSmoothingCrossEntropyFlat(multi_hot=True),
+          nn.CrossEntropyLoss(label_smoothing=.1)]
+TARGETS = [other(lambda y, n, k: y*2+1), other(lambda y, n, k: dict(target=[y, y], loss=lambda p, *ys: bce(p, ys[0]))),
+           other(lambda y, n, k: dict(target=torch.zeros(n, k+1), loss=lambda p, y: p.mean()))]
+TABLE = dict(
+    MultiLabelSmoothingCallback=Row(trained, multi(), tensors=dict(prior=FLOATS), bad={
+        'eps': [*BAD_EPS, .6], 'prior': PRIORS, 'target': TARGETS, 'loss or smooths': [lambda a, o=o: dict(loss=o) for o in smooth],
+        'loss or CrossEntropyLossFlat': [lambda a, o=o: dict(loss=o) for o in one_class],
+        'MultiLabelSmoothingCallback': [lambda a: dict(cbs=[MultiLabelSmoothingCallback()])]}),
+    LabelSmoothingScheduler=Row(
+        lambda sched, loss: fit_seeded(scheduled(loss, sched=sched), 1).recorder.hps['eps'],
+        st.fixed_dictionaries(dict(sched=st.sampled_from([SchedCos(.2, 0.), lambda p: 1, lambda p: torch.tensor(p), lambda p: np.float32(.25)]),
+                                   loss=st.just(None))),
+        bad={'sched': [None, .1, 'cos', [.1, .2], torch.tensor(.1)], 'loss': one_class[:2],
+             'eps or sched': [lambda a, v=v: dict(sched=lambda p: v) for v in (NAN, 2., -1, None, 'x', [.1], True)]}))
+test_refuses, test_takes = fuzz.both_tests(TABLE, subclasses=(TensorBase, TensorMultiCategory))
+
+@pytest.mark.parametrize('eps', [0, -0., np.float64(.1), np.float32(.125), Fraction(1, 8), 5e-324, torch.tensor(.125), torch.tensor(0)], ids=repr)
+def test_numbers_of_other_types(eps): assert MultiLabelSmoothingCallback(eps).eps == float(eps)

@@ -1,9 +1,7 @@
 """What the suites of others test, in their own shapes and options: PyTorch's samples for both losses, and settings of Liger-Kernel,
 flash-attention and QuACK, with fewer rows where theirs are for a GPU. All against PyTorch in float64, values and gradients."""
-import importlib
+import importlib, pytest, torch
 from typing import NamedTuple
-
-import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -12,29 +10,19 @@ from fastai_smooth.losses import LabelSmoothingBCEWithLogits, LabelSmoothingCros
 from reference import distance, loss_and_grad, rounded_once
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-6}
-
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 def agree(ours, theirs, x, y, by=1.):
     "Loss and gradient of logits `x` in their dtype, against those of `theirs` in float64; half precision is rounded once"
     loss, grad = loss_and_grad(ours, x, y, grad_output=by)
     expected, expected_grad = loss_and_grad(theirs, x.double(), y.double() if y.is_floating_point() else y, grad_output=by)
-    assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32) and grad.dtype == x.dtype
+    assert loss.dtype == (F64 if x.dtype == F64 else F32) and grad.dtype == x.dtype
     assert distance(loss, expected) < TOLERANCE.get(x.dtype, 3e-6)
     assert distance(grad, expected_grad) < TOLERANCE[x.dtype] if x.dtype in TOLERANCE else rounded_once(grad, expected_grad, slack=1e-6)
 
-
-# ---------------------------------------------------------------- PyTorch's own samples
-
-DTYPES = torch.float64, torch.float32, torch.bfloat16
-
-
 def doubled(options): return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
-
-def distribution(y, axis):
-    "Their soft targets are any numbers in [0,1]; rows of ours sum to 1"
-    return y / y.sum(axis, keepdim=True) if y.is_floating_point() else y
-
+# ---------------------------------------------------------------- PyTorch's own samples
 
 def of_pytorch(name):
     "A module of PyTorch's own tests. Importing one freezes the flags of backends for the process; fastai's `set_seed` sets them"
@@ -43,56 +31,39 @@ def of_pytorch(name):
     torch.backends.flags_frozen.__globals__['__allow_nonbracketed_mutation_flag'] = True
     return res
 
-
-def test_flags_of_backends_can_still_be_set():
-    of_pytorch('common_methods_invocations')
-    torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic
-
-
-@pytest.fixture(scope='module')
-def samples():
-    "op name -> PyTorch's samples of it, as (logits, target, options)"
-    ops = {op.name: op for op in of_pytorch('common_methods_invocations').op_db if 'cross_entropy' in op.name}
-    return lambda name: [(o.input.detach(), o.args[0].detach(), {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in o.kwargs.items()})
-                         for o in ops[name].sample_inputs('cpu', torch.float64, requires_grad=True)]
-
+def distribution(y, x):
+    "Their soft targets are any numbers in [0,1]; rows of ours sum to 1"
+    return y / y.sum(1 if x.dim() > 1 else 0, keepdim=True) if y.is_floating_point() else y
 
 @pytest.mark.parametrize('eps', [0., .1])
-def test_pytorch_samples_of_cross_entropy(samples, eps):
-    taken = samples('nn.functional.cross_entropy')
+@pytest.mark.parametrize('name', ['cross_entropy', 'binary_cross_entropy_with_logits'])
+def test_pytorch_samples_of(name, eps):
+    op = next(o for o in of_pytorch('common_methods_invocations').op_db if o.name == f'nn.functional.{name}')
+    taken = list(op.sample_inputs('cpu', F64, requires_grad=True))
     assert len(taken) > 10
-    for x, y, options in taken:
-        options = {'label_smoothing': eps} | options
-        ours = {'eps' if k == 'label_smoothing' else k: v for k, v in options.items()}
-        y = distribution(y, 1 if x.dim() > 1 else 0)
-        for dtype in DTYPES:
-            agree(lambda x, y: smooth_cross_entropy(x, y, **ours), lambda x, y: F.cross_entropy(x, y, **doubled(options)), x.to(dtype), y)
-
-
-@pytest.mark.parametrize('eps', [0., .1])
-def test_pytorch_samples_of_binary_cross_entropy(samples, eps):
-    taken = samples('nn.functional.binary_cross_entropy_with_logits')
-    assert len(taken) > 10
-    for x, y, options in taken:
-        def theirs(x, y): return F.binary_cross_entropy_with_logits(x, y * (1 - 2 * eps) + eps, **doubled(options))
-        for dtype in DTYPES: agree(lambda x, y: smooth_bce(x, y, eps, **options), theirs, x.to(dtype), y)
-
-
-def positive(options): return {k: v.abs() + .1 if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-
+    for o in taken:
+        x, y, options = o.input.detach(), o.args[0].detach(), {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in o.kwargs.items()}
+        if name == 'cross_entropy':
+            smoothing, y = options.pop('label_smoothing', eps), distribution(y, x)
+            def ours(x, y): return smooth_cross_entropy(x, y, smoothing, **options)
+            def theirs(x, y): return F.cross_entropy(x, y, label_smoothing=smoothing, **doubled(options))
+        else:
+            def ours(x, y): return smooth_bce(x, y, eps, **options)
+            def theirs(x, y): return F.binary_cross_entropy_with_logits(x, y * (1 - 2 * eps) + eps, **doubled(options))
+        for dtype in (F64, F32, BF16): agree(ours, theirs, x.to(dtype), y)
 
 @pytest.mark.parametrize('theirs,ours', [(nn.CrossEntropyLoss, LabelSmoothingCrossEntropy), (nn.BCEWithLogitsLoss, LabelSmoothingBCEWithLogits)])
 def test_pytorch_samples_of_modules(theirs, ours):
     info = next(m for m in of_pytorch('common_modules').module_db if m.module_cls is theirs)
-    taken = info.module_inputs_func(info, 'cpu', torch.float64, requires_grad=True, training=True)
+    taken = info.module_inputs_func(info, 'cpu', F64, requires_grad=True, training=True)
     assert len(taken) > 5
     for o in taken:
-        (x, y), options = (v.detach() for v in o.forward_input.args), positive(o.constructor_input.kwargs)
-        if ours is LabelSmoothingCrossEntropy: y = distribution(y, 1 if x.dim() > 1 else 0)
+        x, y = (v.detach() for v in o.forward_input.args)
+        options = {k: v.abs() + .1 if isinstance(v, torch.Tensor) else v for k, v in o.constructor_input.kwargs.items()}
+        if ours is LabelSmoothingCrossEntropy: y = distribution(y, x)
         if not y.is_floating_point() and (y == options.get('ignore_index', -100)).all(): continue   # a mean of nothing: nan there, 0 here
         given = {k: v for k, v in options.items() if k != 'label_smoothing'}
-        for dtype in DTYPES: agree(ours(options.get('label_smoothing', 0.), **given), theirs(**doubled(options)), x.to(dtype), y)
-
+        for dtype in (F64, F32, BF16): agree(ours(options.get('label_smoothing', 0.), **given), theirs(**doubled(options)), x.to(dtype), y)
 
 # ---------------------------------------------------------------- Liger-Kernel, flash-attention, QuACK
 
@@ -109,22 +80,15 @@ class Case(NamedTuple):
     scale: float = 1.            # of the logits
     weighted: bool = False
 
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 LIGER = [Case(32, 32000, BF16, reduction='sum'), Case(21, 32000, F32), Case(32, 32000, F32, ignore_index=2),
          Case(21, 32000, BF16, ignore_index=-123, reduction='sum'), Case(32, 32000, F32, .1), Case(21, 32000, BF16, .2, ignore_index=-300),
          Case(32, 32000, F32, .2, ignore_index=-42, reduction='sum', lse_square_scale=1e-5),
          Case(21, 32000, BF16, by=3.)]   # 'not the last layer'
 FLASH = [Case(16, 50257, F16), Case(16, 50257, BF16, .9), Case(16, 50257, F32, .9, logit_scale=.7), Case(16, 50257, F32, lse_square_scale=1e-2),
          Case(12, 131072, F16, .9), Case(12, 131072, BF16), Case(12, 131072, F32), Case(12, 131072, F32, .9, logit_scale=.7, lse_square_scale=1e-2)]
-FLASH = [c._replace(by='random') for c in FLASH]
 QUACK = [Case(289, 192, BF16), Case(77, 760, F16), Case(289, 1128, F32), Case(1, 16384, BF16, weighted=True), Case(77, 1024, F32, weighted=True, ignore_index=1023),
          Case(16, 32768, F16, weighted=True), Case(4, 128256, BF16, .1, weighted=True), Case(2, 262144, F32)]
-QUACK = [c._replace(reduction='none', by='random', scale=.1) for c in QUACK]
-
-
-SUITES = dict(Liger=LIGER, flash=FLASH, QuACK=QUACK)
-
+SUITES = dict(Liger=LIGER, flash=[c._replace(by='random') for c in FLASH], QuACK=[c._replace(reduction='none', by='random', scale=.1) for c in QUACK])
 
 @pytest.mark.parametrize('suite,case', [pytest.param(s, c, id=f'{s} {i}') for s, cases in SUITES.items() for i, c in enumerate(cases)])
 def test_settings_of(suite, case):
@@ -141,7 +105,6 @@ def test_settings_of(suite, case):
     def theirs(x, y): return complete(F.cross_entropy(x * case.logit_scale, y, label_smoothing=case.smoothing, **doubled(options)), x)
     by = case.by if case.by != 'random' else torch.randn(case.rows if case.reduction == 'none' else ())
     agree(ours, theirs, x, y, by)
-
 
 @pytest.mark.parametrize('dtype', [F16, F32])
 def test_logits_that_are_all_alike_or_sure(dtype):
