@@ -24,6 +24,18 @@ def _numbered(groups, n):
     numbers = groups.unique(return_inverse=True)[1]
     return numbers,int(numbers.max())+1
 
+def _drawn_labels(probs, group, n_groups, draws, gen):
+    "Each label is 1 with its probability; rows of a group share the random number that decides."
+    for _ in range(draws): yield (torch.rand(n_groups, *probs.shape[1:], generator=gen, dtype=torch.double)[group] < probs).long()
+
+def _drawn_classes(probs, group, n_groups, draws, gen):
+    "The class in whose part of [0,1] a random number lies, where each class has a part as long as its probability."
+    ends = probs.cumsum(1)
+    for _ in range(draws):
+        number = torch.rand(n_groups, 1, generator=gen, dtype=torch.double)[group]
+        yield torch.searchsorted(ends, number, right=True)[:,0].clamp(max=probs.shape[1]-1) # rounding may end below 1
+
+# %% ../nbs/08_intervals.ipynb #nullflr0
 def null_floor(
     measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
     probs:Tensor, # (N,) or (N,K) probabilities
@@ -43,13 +55,11 @@ def null_floor(
     _check_level(level)
     check_whole('n_draws', n_draws, 1)
     m.averaged(torch.zeros(1), average) # is it known?
-    n,(group,n_groups) = min(n_draws, max(20, 10**8 // probs.numel())),_numbered(groups, len(probs))
     if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
-    classes,edges = task == 'classes',probs.cumsum(1) if task == 'classes' else probs
-    def drawn():
-        luck = torch.rand(n_groups, *((1,) if classes else probs.shape[1:]), generator=gen, dtype=torch.double)[group]
-        return torch.searchsorted(edges, luck, right=True)[:,0].clamp(max=probs.shape[1]-1) if classes else (luck < edges).long()
-    values = torch.stack([m.of(probs, drawn(), task, average) for _ in range(n)])
+    group,n_groups = _numbered(groups, len(probs))
+    draw = _drawn_classes if task == 'classes' else _drawn_labels
+    draws = min(n_draws, max(20, 10**8 // probs.numel()))
+    values = torch.stack([m.of(probs, targs, task, average) for targs in draw(probs, group, n_groups, draws, gen)])
     return values.mean(0),values.quantile(level, 0)
 
 # %% ../nbs/08_intervals.ipynb #e2ebea47
