@@ -34,7 +34,7 @@ from fastai_smooth.all import *
 from fastai_smooth.cli import BadInput
 from fastai_smooth.images import digits, fashion, flip_labels
 from fastai_smooth.predictions import raw_preds
-from fastai_smooth.temperature import cross_fitted
+from fastai_smooth.scaling import cross_fitted
 from machine import machine
 
 GRID, NOISES, LR, K = [0., .05, .1, .2, .4], [0., .2, .4], 1e-3, 10

@@ -4,11 +4,12 @@ from .kernels import smooth_targets, smooth_cross_entropy, smooth_binary_cross_e
 from .losses import *
 from .prior import *
 from .callback import *
+from .smoothed import *
 from .learner import *
 from .measures import nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error
 from .intervals import null_floor, bootstrap_interval
 from .metrics import NLL, Brier, ECE, ClasswiseECE, SmoothECE
-from .temperature import best_temperature
+from .scaling import best_temperature
 from .interpret import CalibrationInterpretation
 from .tune import EpsSuggestion
 from .distributed import GlobalMean

@@ -12,6 +12,7 @@ from fastai_smooth.all import *
 from fastai_smooth.intervals import reliability
 from fastai_smooth.interpret import *
 from fastai_smooth.predictions import raw_preds
+from fastai_smooth.scaling import *
 from fastai_smooth.temperature import *
 
 NAN, PERFECT = math.nan, ['if perfectly calibrated', 'at most (95%)']

@@ -11,7 +11,8 @@ from fastai.callback.mixup import MixUp
 from fastai_smooth.all import (CalibrationInterpretation, LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropy,
                                LabelSmoothingCrossEntropyFlat, MultiLabelSmoothingCallback)
 from fastai_smooth.temperature import *
-from fastai_smooth.temperature import _fitted as fitted
+from fastai_smooth.scaling import *
+from fastai_smooth.scaling import fitted
 
 examples = partial(settings, deadline=None, derandomize=True)
 D, INF = torch.float64, math.inf
@@ -510,7 +511,9 @@ sys.meta_path.pop(0)
 def look(name):
     learn = load_learner(name)
     t, fitted = (learn.temperature, learn.temperature_interval), probs(learn)
-    if name == 'smooth.pkl': learn.to_hard()
+    if name == 'smooth.pkl':
+        import fastai_smooth.learner # has the patches
+        learn.to_hard()
     learn.reset_temperature()
     return t, fitted, probs(learn), type(learn.loss_func).__name__
 torch.save((hard, look('plain.pkl'), look('smooth.pkl')), 'out')

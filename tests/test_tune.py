@@ -10,6 +10,7 @@ from given import *
 import fastai_smooth.tune as tune
 from fastai_smooth.all import *
 from fastai_smooth.noise import noise_estimate
+from fastai_smooth.scaling import *
 from fastai_smooth.temperature import *
 from fastai_smooth.tune import *
 

@@ -36,7 +36,7 @@ def test_bad_links_are_named_with_their_page(tool, tmp_path, added, why):
     assert 's.css: https://fonts.net/f.css: loaded from another site' in tool('links').check(tmp_path)
 
 @pytest.mark.parametrize('md, expected', [
-    ('[a](01_losses.ipynb)', '[a](losses.ipynb)'), ('[a](../07_measures.ipynb#nll)', '[a](../measures.ipynb#nll)'), ('[a](https://a.org/01_x.ipynb)', '[a](https://a.org/01_x.ipynb)'),
+    ('[a](01_losses.ipynb)', '[a](losses.ipynb)'), ('[a](../09_measures.ipynb#nll)', '[a](../measures.ipynb#nll)'), ('[a](https://a.org/01_x.ipynb)', '[a](https://a.org/01_x.ipynb)'),
     ('x [source](https://example.org/fastai_smooth/fastai_smooth/blob/main/a.py#L1){target="_blank"} y', 'x  y'),
     ('T\n\n>>> f(1)\n2\n\nMore > text', 'T\n\n```python\n>>> f(1)\n2\n```\n\nMore > text'), ('```python\n>>> f(1)\n```', '```python\n>>> f(1)\n```')])
 def test_entries_of_the_api_have_links_to_pages_and_examples_as_code(tool, md, expected): assert tool('docs').api_entry(md) == expected
