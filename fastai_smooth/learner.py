@@ -15,6 +15,18 @@ from .prior import train_prior
 from .callback import MultiLabelSmoothingCallback, set_loss, smoothing_losses
 from .smoothed import *
 from .smoothed import found_loss, sigmoid_losses, softmax_options, with_temperature_of
+from .online import OnlineLabelSmoothing
+from .online import check_classes, online_loss
+
+# %% ../nbs/08_learner.ipynb #lrnonl00
+_smoothers = MultiLabelSmoothingCallback,OnlineLabelSmoothing # the callbacks that smooth
+
+def _online_parts(loss, dls, eps, spread, smooth_valid):
+    new = online_loss(loss, eps)
+    if spread != 'all': raise ValueError(f"spread={spread!r} is uniform over the other classes: prior='online' is not")
+    if smooth_valid: raise ValueError("smooth_valid=True is not for prior='online', whose target changes from epoch to epoch")
+    check_classes(get_c(dls) or 0)
+    return new,[OnlineLabelSmoothing(eps)]
 
 # %% ../nbs/08_learner.ipynb #80bdc621
 def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
@@ -24,7 +36,9 @@ def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
     if multi and smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
                                                 'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
     if multi and spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
-    if isinstance(prior, str) and prior != 'train': raise ValueError(f"prior must be a tensor or 'train', got {prior!r}")
+    if isinstance(prior, str) and prior not in ('train','online'):
+        raise ValueError(f"prior must be a tensor, 'train' or 'online', got {prior!r}")
+    if isinstance(prior, str) and prior == 'online': return _online_parts(loss, dls, ifnone(eps, .5), spread, smooth_valid)
     if isinstance(prior, str): prior = train_prior(dls, multi, options.get('ignore_index', -100), given_axis(loss) if multi else None)
     if multi: return loss,[MultiLabelSmoothingCallback(ifnone(eps, .05), prior)]
     check_values('prior', prior)
@@ -35,9 +49,11 @@ def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
 # %% ../nbs/08_learner.ipynb #ad81fcce
 @patch
 def to_smooth(self:Learner,
-    eps:float=None, # Smoothing in [0,1] (None: .1; or a Tensor[K]), in [0,1/2] for multi-label losses (None: .05), or what `eps_find` gave
+    eps:float=None, # Smoothing in [0,1] (None: .1, online .5; or a Tensor[K]), multi-label in [0,1/2] (None: .05), or what `eps_find` gave
     *,
-    prior:Tensor|str=None, # Where the mass goes: Tensor[K], for one-class losses also [K,K]; 'train': the label frequencies of `dls.train`
+    # Where the mass goes: Tensor[K], for one-class losses also [K,K]; 'train': the label frequencies of `dls.train`; 'online', for
+    # one-class losses: what the model predicted in the epoch before, see `OnlineLabelSmoothing`
+    prior:Tensor|str=None,
     spread:str='all', # One-class losses: 'all' (true class 1-eps+eps/K, others eps/K) or 'others' (1-eps, eps/(K-1))
     smooth_valid:bool=False # Smooth the validation loss too
 ) -> Learner: # self
@@ -45,13 +61,16 @@ def to_smooth(self:Learner,
 
     Cross entropy (`CrossEntropyLossFlat`, `nn.CrossEntropyLoss`, `F.cross_entropy`, or smoothed already) is replaced by a
     `LabelSmoothingCrossEntropyFlat` with the same class axis, weight, ignore_index and reduction. To `BCEWithLogitsLossFlat` and
-    `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added. Any other loss is a TypeError, and the Learner is unchanged."""
+    `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added, and for prior='online' an
+    `OnlineLabelSmoothing`. Any other loss is a TypeError, and the Learner is unchanged."""
     eps = getattr(eps, 'eps', eps) # what eps_find suggests
     if isinstance(eps, str):
         raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
     new,cbs = _smooth_parts(found_loss(self), self.dls, eps, prior, spread, smooth_valid)
-    self.remove_cb(MultiLabelSmoothingCallback)
+    learnt = first(self._grab_cbs(OnlineLabelSmoothing)) # stays where smoothing stays online
+    self.remove_cbs(self._grab_cbs(_smoothers))
     set_loss(self, with_temperature_of(self, new))
+    if learnt and isinstance(first(cbs), OnlineLabelSmoothing): cbs[0].prior = learnt.prior
     return self.add_cbs(cbs)
 
 # %% ../nbs/08_learner.ipynb #93f8f6e4
@@ -59,19 +78,19 @@ class LabelSmoothingFlag(Callback):
     "Carries `label_smoothing=` out again as a training starts, where a Learner's own `__init__` has set another loss since."
     order = -math.inf # before the training is looked at by others
     def __init__(self,
-        label_smoothing:float|bool # What the Learner was made with: True, or an eps in [0,1]
+        label_smoothing:float|bool|str # What the Learner was made with: True, an eps in [0,1], or 'online'
     ): self.label_smoothing = label_smoothing
 
     def before_fit(self):
         if self.learn.lock.locked(): return # a validation or prediction, which fastai holds this lock for
         smooths = isinstance(untempered(base_loss(self.learn.loss_func)), smoothing_losses)
-        if not (smooths or self.learn._grab_cbs(MultiLabelSmoothingCallback)): _smoothed(self.learn, self.label_smoothing)
+        if not (smooths or self.learn._grab_cbs(_smoothers)): _smoothed(self.learn, self.label_smoothing)
 
 @patch
 def to_hard(self:Learner) -> Learner: # self
     """Turns smoothing off: the loss that `to_smooth` found is back, the very object (a copy where a
-    temperature is kept), and a `MultiLabelSmoothingCallback` is gone."""
-    loss,cbs = found_loss(self),self._grab_cbs((MultiLabelSmoothingCallback,LabelSmoothingFlag))
+    temperature is kept), and a `MultiLabelSmoothingCallback` or `OnlineLabelSmoothing` is gone."""
+    loss,cbs = found_loss(self),self._grab_cbs((*_smoothers,LabelSmoothingFlag))
     if loss is untempered(base_loss(self.loss_func)) and not cbs:
         ours = isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat))
         raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it'
@@ -82,14 +101,15 @@ def to_hard(self:Learner) -> Learner: # self
 # %% ../nbs/08_learner.ipynb #c7b0567c
 def _flag_signature(f):
     sig = inspect.signature(f)
-    flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, default=None, annotation='float|bool')
+    flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, default=None, annotation='float|bool|str')
     params = {**sig.parameters, flag.name: flag}
     return sig.replace(parameters=sorted(params.values(), key=lambda p: p.kind))
 
 def _smoothed(learn, label_smoothing):
-    "`learn` with the flag carried out: None and False are off, True is the default, a number is eps."
+    "`learn` with the flag carried out: None and False are off, True is the default, a number is eps, 'online' is that prior."
     if label_smoothing is None or label_smoothing is False: return learn
-    try: return learn.to_smooth(None if label_smoothing is True else label_smoothing)
+    online = isinstance(label_smoothing, str) and label_smoothing == 'online'
+    try: return learn.to_smooth(None if online or label_smoothing is True else label_smoothing, prior='online' if online else None)
     except (TypeError,ValueError) as e: raise type(e)(f'label_smoothing={label_smoothing!r}: {e}') from e
 
 _fastai_init = getattr(Learner.__init__, '_fastai_init', Learner.__init__) # fastai's own, also when this module is reloaded
@@ -108,7 +128,7 @@ def _with_flag(f):
     @functools.wraps(f)
     def _f(*args, label_smoothing=None, **kwargs): return _smoothed(f(*args, **kwargs), label_smoothing)
     _f.__module__,_f.__signature__ = __name__,_flag_signature(f) # pickled by this name: it is not fastai's
-    _f.__doc__ = f"fastai's `{f.__name__}` ({f.__doc__}), with `label_smoothing`: True, or an eps, as in `Learner.to_smooth`"
+    _f.__doc__ = f"fastai's `{f.__name__}` ({f.__doc__}), with `label_smoothing`: True, an eps, or 'online', as in `Learner.to_smooth`"
     return _f
 
 vision_learner = _with_flag(fastai.vision.learner.vision_learner)

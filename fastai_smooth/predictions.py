@@ -51,6 +51,16 @@ def prediction_rows(
     keep = targ != getattr(getattr(loss, 'func', loss), 'ignore_index', -100)
     return pred.movedim(axis, -1).reshape(-1, k),torch.where(keep, targ, 0),keep
 
+# %% ../nbs/06_predictions.ipynb #prednam0
+def class_names(
+    data, # A `DataLoaders` or `DataLoader`
+    k:int # How many classes or labels the predictions have
+) -> L: # of k
+    "Names of the classes or labels: those of `data` where it has as many, else numbers."
+    vocab = L(getattr(data, 'vocab', None))
+    if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1]) # of inputs and of targets
+    return vocab if len(vocab) == k else L(range(k)).map(str)
+
 # %% ../nbs/06_predictions.ipynb #95fad260
 class RawPreds(NamedTuple):
     "Logits with their targets, and where they come from."

@@ -18,12 +18,13 @@ class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
     def __init__(self, *args,
         hard, # The loss it replaces
         smooth_valid:bool=False, # Smooth everywhere
+        online:bool=False, # Is the prior up to `OnlineLabelSmoothing`?
         **kwargs
     ):
         super().__init__(*args, **kwargs)
-        self.hard,self.smooth_valid = hard,smooth_valid
+        self.hard,self.smooth_valid,self.online = hard,smooth_valid,online
 
-    def __repr__(self): return f'{super().__repr__()}, smooth_valid={self.smooth_valid}'
+    def __repr__(self): return f'{super().__repr__()}, smooth_valid={self.smooth_valid}' + ', online'*self.online
     def __call__(self, inp, targ, **kwargs):
         training = torch.is_grad_enabled() and inp.requires_grad
         if not (training or self.smooth_valid): kwargs['eps'] = 0.
@@ -59,6 +60,10 @@ def with_temperature_of(learn, loss):
     if t is not None and hasattr(loss, 'activation'): return tempered(loss, t, fitted.interval)
     if t is not None: warn(f'the temperature {t} is dropped: {loss_name(loss)} has no activation to keep it in')
     return loss
+
+def is_online(loss):
+    "Is it a loss whose prior `OnlineLabelSmoothing` sets?"
+    return getattr(loss, 'online', False)
 
 def found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own: by attribute, as reloading makes new classes."

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .intervals import binomial_interval, bootstrap_interval
 from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback
 from .kernels.checks import check_number, check_whole
-from .smoothed import sigmoid_losses
+from .smoothed import is_online, sigmoid_losses
 from .losses import *
 from .noise import noise_estimate, profile_nll, some_rows
 from .pilot import pilot
@@ -63,6 +63,7 @@ def _smooth_by(learn, eps, options):
         return
     had = dict(prior=cbs[0].prior) if cbs else {}
     if isinstance(loss, LabelSmoothingCrossEntropyFlat): had = dict(prior=loss.func.prior, spread=loss.func.spread)
+    if is_online(loss): had = dict(prior='online') # and what it has learnt
     learn.to_smooth(eps, **{**had, **options})
 
 def _wrong(logits, targs): return (logits > 0) != (targs > .5) if targs.ndim == logits.ndim else logits.argmax(1) != targs

@@ -12,23 +12,37 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from torch.amp import GradScaler, autocast
 
-from fastai_smooth.all import LabelSmoothingScheduler, MultiLabelSmoothingCallback
+from fastai_smooth.all import LabelSmoothingScheduler, MultiLabelSmoothingCallback, OnlineLabelSmoothing
 
 EPS, SCHED, K, N_TRAIN = .125, SchedLin(.3, .05), 4, 2  # configured eps, scheduled eps, classes, training batches an epoch
-OURS = {'callback': (True, None), 'flag': (False, None), 'scheduled callback': (True, SCHED), 'scheduled flag': (False, SCHED)}
+OURS = {'callback': (True, None), 'flag': (False, None), 'online': (False, None)}  # several labels? a schedule?
+OURS |= {f'scheduled {kind}': (multi, SCHED) for kind, (multi, _) in OURS.items()}
 
 class OwnSmoothing:
     "The reference: smooths its own targets while the model trains, in float64, straight from the formula."
-    reduction = 'mean'  # MixUp sets it
+    reduction, soft = 'mean', torch.full((K, K), 1/K, dtype=torch.double)  # MixUp sets the first, OwnTeacher the second
     def __init__(self, multi, sched): self.y_int, self.sched = not multi, sched
     def eps(self):
         if not self.learn.model.training: return 0.
         return float(self.sched(self.learn.pct_train)) if self.sched else EPS
     def __call__(self, pred, y):
         x, eps = pred.double(), self.eps()
-        if self.y_int: losses = -(((1-eps)*F.one_hot(y, K) + eps/K)*x.log_softmax(-1)).sum(-1)
+        if self.y_int: losses = -(((1-eps)*F.one_hot(y, K) + eps*self.soft[y])*x.log_softmax(-1)).sum(-1)
         else: losses = F.softplus(x) - ((1-2*eps)*y + eps)*x
         return losses.float() if self.reduction == 'none' else losses.mean().float()
+
+class OwnTeacher(Callback):
+    "The reference for online label smoothing: what the rows that are right are given, one after the other, in float64."
+    order = -60
+    def __init__(self, loss): self.loss = loss
+    def before_train(self): self.right = [[] for _ in range(K)]
+    def after_loss(self):
+        mix = getattr(self.learn.loss_func, '__self__', None)  # MixUp and CutMix have a loss that is a method
+        for i, row in enumerate(self.pred.double().softmax(1)):
+            second = mix and mix.lam[i if len(mix.lam) > 1 else 0] < .5
+            y = (mix.yb1[0] if second else self.y)[i]
+            if self.training and row.argmax() == y: self.right[y].append(row.detach())
+    def after_train(self): self.loss.soft = torch.stack([torch.stack(o).mean(0) if o else torch.full((K,), 1/K).double() for o in self.right])
 
 class CPUMixedPrecision(MixedPrecision):
     "fastai's asks for autocast('cuda'), which does nothing on a CPU"
@@ -51,12 +65,13 @@ THEIRS = dict(
     early_stopping=lambda: [EarlyStoppingCallback(min_delta=10.)],  # nothing is that much better: stops after two epochs
     save_model=lambda: [SaveModelCallback(min_delta=10.)],          # so the first model is the best, and comes back
     terminate_on_nan=lambda: [NaNAt(), TerminateOnNaNCallback()])
-SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag') for name in THEIRS] + [  # and two that meet ours at the same events
+SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag', 'scheduled online') for name in THEIRS] + [  # and two that meet ours at the same events
     ('callback', 'fp16', 'accumulation'),  # a scaled loss_grad, scaled again, and batches cancelled before the step
     ('callback', 'fp16', 'clip'), ('callback', 'accumulation', 'rnn'),   # an addition to loss_grad and a scale
     ('callback', 'bf16', 'mixup'), ('callback', 'mixup', 'cutmix'),      # mixed twice
     ('flag', 'mixup', 'fp16'),             # the loss is swapped, and runs under autocast
     ('flag', 'cutmix', 'accumulation'), ('flag', 'mixup', 'terminate_on_nan'),  # the fit is cancelled while the loss is swapped
+    ('online', 'mixup', 'fp16'), ('online', 'cutmix', 'accumulation'), ('online', 'mixup', 'terminate_on_nan'),
     ('scheduled callback', 'save_model', 'early_stopping'), ('scheduled flag', 'mixup', 'param_scheduler')]
 
 class Watch(Callback):
@@ -77,10 +92,12 @@ def make(kind, names=(), ours=True, first=True, path=None):
     loss, g = (BCEWithLogitsLossFlat() if multi else CrossEntropyLossFlat()) if ours else OwnSmoothing(multi, sched), torch.Generator().manual_seed(0)
     x, y = torch.randn(24, *[6] if 'rnn' in names else [1, 8, 8], generator=g), (torch.rand(24, K, generator=g) < .4).float()
     dls, model = tensor_dls(x, y if multi else y.argmax(1), bs=8, n_valid=8), (rnn_net if 'rnn' in names else flat_mlp)(K)
-    flag = EPS if ours and first and not multi else None
+    online = kind.endswith('online')
+    flag = EPS if ours and first and not multi and not online else None
     learn = tensor_learner(dls, model, loss, path=path, cbs=[] if first else theirs, label_smoothing=flag)
-    if ours and not first and not multi: learn.to_smooth(EPS)
-    learn.add_cbs(mine + (theirs if first else []) + [grads, Watch()])
+    if ours and not multi and flag is None: mine += learn.to_smooth(EPS, prior='online' if online else None)._grab_cbs(OnlineLabelSmoothing)
+    if online and not ours: learn.add_cb(OwnTeacher(loss))
+    learn.add_cbs([o for o in mine if o not in learn.cbs] + (theirs if first else []) + [grads, Watch()])
     if not ours: loss.learn = learn
     learn.recorder.smooth_loss.beta = 0.  # record each batch's own loss
     grads.seen, learn.recorder.losses, learn.recorder.values = [], [], []  # for a fit that ends before their before_fit
@@ -160,13 +177,14 @@ def after_fault(kind, names, *fault):
     ours, ours_next, wrong = run(learn, *fault)
     wrong += [f'{o["raised"]}, not {r["raised"]}' for o, r in ((ours, ref), (ours_next, ref_next)) if o['raised'] is not r['raised']]
     if ours['swapped'] and not ref['swapped']: wrong.append('loss_func')
-    if ours_next['attributes'] != ref_next['attributes'] | {cb.name for cb in learn.mine}: wrong.append('attributes')
+    if ours_next['attributes'] != ref_next['attributes'] - {'own_teacher'} | {cb.name for cb in learn.mine}: wrong.append('attributes')
     # the loss of a batch that was cancelled before its backward is the hard one
     wrong += differences(ours, ref, ('gradients', 'weights')) + differences(ours_next, ref_next) + leftovers(learn, 1, names)
     return wrong and [(kind, *names, *fault, wrong)]
 
 @pytest.mark.parametrize('ex', FAULTS, ids=lambda o: o.__name__)
-@pytest.mark.parametrize('kind,names', [('scheduled callback', ['accumulation']), ('scheduled flag', ['mixup'])], ids=['callback', 'flag'])
+@pytest.mark.parametrize('kind,names', [('scheduled callback', ['accumulation']), ('scheduled flag', ['mixup']), ('scheduled online', ['mixup'])],
+                         ids=['callback', 'flag', 'online'])
 def test_fault(kind, names, ex):
     "At every event, before ours and after; two of ours at once, beside a scaled loss_grad and a swapped loss"
     places = [(e, True) for e in FAULTS[ex]] + [(e, False) for e in ('after_pred', 'after_batch') if FAULTS[ex] is IN_FIT]

@@ -68,15 +68,21 @@ def uses(kind):
     "What each way of smoothing is given, and what it does to the Learner"
     loss = LabelSmoothingBCEWithLogitsFlat if is_multi(kind) else partial(LabelSmoothingCrossEntropyFlat, **TYPES[kind].options)
     res = dict(loss=lambda f: f(loss_func=loss()), flag=lambda f: f(label_smoothing=True))
-    return res | dict(callback=lambda f: f(cbs=MultiLabelSmoothingCallback())) if is_multi(kind) else res
+    if is_multi(kind): return res | dict(callback=lambda f: f(cbs=MultiLabelSmoothingCallback()))
+    return res | dict(online=lambda f: f(label_smoothing='online'))
 
 USES = [(k, u) for k in TYPES for u in uses(k)]
 every_use = pytest.mark.parametrize('kind,use', USES)
 
-def reference(kind, x, y, eps, reduction='mean'):
+def reference(kind, x, y, eps, reduction='mean', soft=None):
+    "`soft` (K,K): smoothed to the row of the true class, instead of to all classes alike"
     x, y = x.as_subclass(torch.Tensor).double(), y.as_subclass(torch.Tensor)
     if is_multi(kind): return F.binary_cross_entropy_with_logits(x, y.double()*(1-2*eps)+eps, reduction=reduction)
     x = x.movedim(1 if kind == 'unet' else -1, 1)
+    if soft is not None:
+        y = y.reshape(x[:, 0].shape).long()
+        q = (1-eps)*F.one_hot(y.clamp(max=len(soft)-1), len(soft)) + eps*soft.double()[y.clamp(max=len(soft)-1)]
+        return -(q*x.movedim(1, -1).log_softmax(-1)).sum(-1)[y != VOID].mean()
     return F.cross_entropy(x, y.reshape(x[:, 0].shape).long(), ignore_index=VOID, label_smoothing=eps, reduction=reduction)
 
 def item_losses(kind, x, y, eps):
@@ -88,7 +94,9 @@ def item_losses(kind, x, y, eps):
 
 def fit_one_cycle(learn, job):
     batches = Spy(lambda l: tuple(o.detach().clone() for o in (l.pred, l.yb[0], l.loss, l.loss_grad)), 'after_batch', order=99)
+    soft = learn.online_label_smoothing.prior if hasattr(learn, 'online_label_smoothing') else None # of the epoch before
     learn.fit_one_cycle(1, 1e-2, cbs=batches)
+    job.soft = soft
     return tuple(batches.train()), tuple(batches.valid())
 
 def get_preds(learn, job, **kwargs):
@@ -157,11 +165,12 @@ def test_what_fastai_s_own_loss_can_do_smoothing_can(ran, kind, use):
 def test_training_is_smoothed_and_real(ran, kind, use):
     """Validation is smoothed only by a loss that was passed as loss_func, as by fastai's. The RNN's regularisers add to what is
     backpropagated, not to the loss that is shown."""
-    run, eps = ran(kind, use), 0 if use == 'own' else .05 if is_multi(kind) else .1
+    run, eps = ran(kind, use), 0 if use == 'own' else .5 if use == 'online' else .05 if is_multi(kind) else .1
+    assert use != 'online' or (run.job.soft.std(0) > 0).any()   # learnt by then: not each class gives the same
     train, valid = run.value('fit_one_cycle')
     assert len(train) >= 2 and len(valid) >= 1 and run.moved > .5
     for pred, y, loss, loss_grad in train:
-        close(loss, reference(kind, pred, y, eps))
+        close(loss, reference(kind, pred, y, eps, soft=run.job.soft))
         if kind in ('text_classifier', 'language_model'): assert loss_grad > loss
         else: close(loss_grad, loss)
         if eps: assert (loss-reference(kind, pred, y, 0)).abs() > 1e-5   # smoothing makes a difference here

@@ -68,9 +68,10 @@ def masked_losses(z: Tensor, target: SoftmaxTarget, lse: float | Tensor = 0.):
     # inf is added, not filled in: the gradient of the other classes goes through the sum
     return losses + torch.zeros_like(losses).masked_fill(lost, math.inf), Terms(total, None, 1., t), masked
 
-def shared_sum(terms: Terms, x: Tensor, axis: int) -> Tensor:
-    "sum_k each * u_k x_k of each row."
-    return (x.sum(axis, keepdim=True) if isinstance(terms.u, float) else (x * terms.u).sum(axis, keepdim=True)).mul_(terms.each)
+def shared_sum(terms: Terms, x: Tensor, axis: int, scratch: Tensor | None = None) -> Tensor:
+    "sum_k each * u_k x_k of each row; `scratch`, if given, is overwritten: new memory takes longer than the product."
+    products = x if isinstance(terms.u, float) else torch.mul(x, terms.u, out=scratch)
+    return products.sum(axis, keepdim=True).mul_(terms.each)
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
@@ -93,14 +94,17 @@ def quick_losses(x: Tensor, target: SoftmaxTarget, terms: Terms, p: Tensor):
     With p_y of the label, log(sum_k exp x_k) is x_y - log p_y. A times that, less sum_k t_k x_k, is the loss:
     -A log p_y + (A - own) x_y - sum_k each u_k x_k."""
     axis, y = target.axis, target.target.unsqueeze(target.axis)
+    smoothed = not (isinstance(terms.each, float) and terms.each == 0)
+    if smoothed:
+        x_y = x.gather(axis, y)
+        low, high = x_y.aminmax()
+        if not (-FAR < low.item() and high.item() < FAR): return None
+        rest = x_y.mul_(terms.total - terms.own).sub_(shared_sum(terms, x, axis, scratch=p))
     log_p = softmax(x, axis, p).gather(axis, y).log_()
     if not log_p.amin().item() > TINY: return None  # p_y has lost digits, or is nan
     losses = log_p.mul_(-terms.total)
-    if isinstance(terms.each, float) and terms.each == 0: return losses
-    x_y = x.gather(axis, y)
-    low, high = x_y.aminmax()
-    if not (-FAR < low.item() and high.item() < FAR): return None
-    losses += x_y.mul_(terms.total - terms.own) - shared_sum(terms, x, axis)
+    if not smoothed: return losses
+    losses += rest
     return losses if losses.amax().item() < math.inf else None  # a class is masked
 
 def losses_of(log_p: Tensor, target: SoftmaxTarget, terms: Terms) -> Tensor:

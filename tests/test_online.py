@@ -1,0 +1,309 @@
+"""Online label smoothing: S against a loop over rows in float64, where it is kept, and what it leaves behind.
+
+It trains beside fastai's callbacks in test_callbacks_compose.py, in Learners of every type in test_learner_types.py, and in two processes in
+test_distributed.py."""
+import pytest
+from helpers import *
+from hypothesis import given, settings, strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastai_smooth.all import *
+from fastai_smooth import online
+from fastai_smooth.smoothed import found_loss
+
+for name in [n for n in globals() if n.startswith('test')]: del globals()[name]  # fastcore's test_eq and friends
+
+K = 4
+
+def learner(loss=None, k=K, seed=0, dls=None, **kwargs):
+    return tensor_learner(dls or single_dls(k=k, seed=seed), mlp(k=k, seed=seed), ifnone(loss, CrossEntropyLossFlat()), **kwargs)
+
+def soft_of(seen, k=K, ignore_index=-100):
+    "S, from predictions (..., K) and class indices (...) of an epoch, row after row"
+    right = [[] for _ in range(k)]
+    for pred, y in seen:
+        for x, i in zip(pred.double().reshape(-1, k).tolist(), y.flatten().tolist()):
+            if i == ignore_index or max(range(k), key=x.__getitem__) != i: continue
+            e = [math.exp(v-max(x)) for v in x]
+            right[i].append([v/sum(e) for v in e])
+    return torch.tensor([[sum(col)/len(rows) for col in zip(*rows)] if rows else [1/k]*k for rows in right])
+
+def spy(): return Spy(lambda l: (l.pred.detach().clone(), l.y.clone(), l.loss.detach().clone()), 'after_batch')
+def close(a, b, tol=1e-5): torch.testing.assert_close(a, b, atol=tol, rtol=0)
+
+def masks_dls(ignore_index):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, 5, 6, generator=g)
+    y = (x.sum(1) > 0).long() + 2*(x[:, 0] > .5)
+    y[:, 0] = ignore_index
+    return tensor_dls(x, y, bs=6, n_valid=6)
+
+def conv(): return torch.manual_seed(0) and nn.Conv2d(3, K, 1)
+
+LOSSES = {
+    'fastai': lambda: learner(), 'torch': lambda: learner(nn.CrossEntropyLoss()), 'function': lambda: learner(F.cross_entropy),
+    'smoothed already': lambda: learner(LabelSmoothingCrossEntropyFlat(.1)),
+    'weights': lambda: learner(CrossEntropyLossFlat(weight=torch.tensor([.5, 1., 2., 1.5]))),
+    'ignored': lambda: learner(CrossEntropyLossFlat(ignore_index=1)),
+    'masks': lambda: tensor_learner(masks_dls(255), conv(), CrossEntropyLossFlat(axis=1, ignore_index=255)),
+    'masks, torch': lambda: tensor_learner(masks_dls(-100), conv(), nn.CrossEntropyLoss())}
+
+@pytest.mark.parametrize('eps', [None, .9])
+@pytest.mark.parametrize('name', LOSSES)
+def test_the_epoch_before_teaches_the_next(name, eps):
+    "S, and the loss of each batch, by the formula; validation is that of the hard loss"
+    learn, batches = LOSSES[name](), spy()
+    hard = learn.loss_func
+    learn.to_smooth(eps, prior='online').fit(3, cbs=batches)
+    loss, cb = learn.loss_func.func, learn.online_label_smoothing
+    axis, train = 1 if 'masks' in name else -1, [(p.movedim(1, -1) if 'masks' in name else p, y, l) for p, y, l in batches.train()]
+    n, soft = len(train)//3, torch.full((K, K), 1/K)
+    for epoch in range(3):
+        now = train[epoch*n:(epoch+1)*n]
+        for p, y, l in now:
+            keep = y != loss.ignore_index
+            w = torch.ones(K) if loss.weight is None else loss.weight
+            q = ((1-cb.eps)*F.one_hot(y[keep], K) + cb.eps*soft[y[keep]])*w
+            close(l, (-(q*p[keep].log_softmax(-1)).sum()/w[y[keep]].sum()).to(l.dtype))
+        soft = soft_of([o[:2] for o in now], ignore_index=loss.ignore_index).float()
+    close(cb.prior, soft)
+    assert cb.eps == ifnone(eps, .5) and (soft.diagonal() > .3).any() and axis in (1, -1)
+    for p, y, l in batches.valid(): close(l, hard(p, y) if 'already' not in name else F.cross_entropy(p, y))
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 40), k=st.integers(1, 7), seed=st.integers(0, 99), chunk=st.sampled_from([1, 5, 2**22]), junk=st.booleans(),
+       dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_sums_of_any_rows(n, k, seed, chunk, junk, dtype):
+    "In chunks of any size; rows of nan, and ignored ones, are not right; masked classes have nothing"
+    g = torch.Generator().manual_seed(seed)
+    x, y = (3*torch.randn(n, k, generator=g)).to(dtype), torch.randint(k, (n,), generator=g)
+    if k > 2: x[::3, 1] = -math.inf
+    if junk: x[n//2], y[n//3] = math.nan, -100
+    cb = OnlineLabelSmoothing()
+    keep = y != -100
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(online, '_chunk', chunk)
+        cb._add(x, y.where(keep, 0), keep)
+    finite = [(a, b) for a, b in zip(x, y) if not a.isnan().any()]
+    expected, counts = soft_of(finite, k), cb._counts[:, None]
+    close(torch.where(counts > 0, cb._sums/counts, 1/k), expected.double(), 1e-6)
+
+def test_millions_of_rows_are_not_lost():
+    "A float32 sum stays where it is from 2**24 on"
+    cb = OnlineLabelSmoothing()
+    cb._add(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
+    cb._sums += 2**25; cb._counts += 2**25
+    for _ in range(3): cb._add(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
+    assert cb._sums.item() == cb._counts.item() == 2**25 + 4
+
+def test_nothing_is_looked_at_in_a_step():
+    "So that a GPU need not wait: a fake tensor has no values, and to ask it for one is an error"
+    with FakeTensorMode():
+        cb = OnlineLabelSmoothing()
+        for _ in range(2): cb._add(torch.zeros(6, 5), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.bool))
+        assert cb._sums.shape == (5, 5)
+
+# ---------------------------------------------------------------- where it is kept, and how it goes
+
+def test_fits_go_on_where_the_last_one_was():
+    "One fit of three epochs, three of one; `fine_tune`'s frozen epoch teaches the next; another eps; to_hard forgets"
+    whole, parts = (fit_seeded(learner().to_smooth(prior='online'), n) for n in (3, 1))
+    for _ in range(2): parts.fit(1)
+    assert torch.equal(weights(whole), weights(parts)) and torch.equal(whole.online_label_smoothing.prior, parts.online_label_smoothing.prior)
+    kept = parts.online_label_smoothing.prior
+    assert parts.to_smooth(.7, prior='online').online_label_smoothing.prior is kept and parts.online_label_smoothing.eps == parts.loss_func.eps == .7
+    batches = spy()
+    parts.fit(1, cbs=batches)
+    p, y, l = batches.train()[0]
+    close(l, -((.3*F.one_hot(y, K) + .7*kept[y])*p.log_softmax(1)).sum(1).mean())
+    assert parts.to_hard().to_smooth(prior='online').online_label_smoothing.prior is None
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy], ids=['fastai', 'torch', 'function'])
+def test_the_callback_alone_and_taken_off(loss):
+    "Added to a Learner, for one fit, and as to_smooth adds it: the same training; the loss is back, the very object"
+    alone, once, word = learner(loss, cbs=OnlineLabelSmoothing(.3)), learner(loss), learner(loss).to_smooth(.3, prior='online')
+    alone.validate()
+    assert alone.loss_func is loss  # as nothing was trained
+    for learn, cbs in ((alone, []), (once, [OnlineLabelSmoothing(.3)]), (word, [])): fit_seeded(learn, 3, cbs=cbs)
+    assert torch.equal(weights(alone), weights(word)) and torch.equal(weights(once), weights(word))
+    assert once.loss_func is loss and not hasattr(once, 'online_label_smoothing')
+    assert alone.loss_func is not loss and alone.remove_cb(OnlineLabelSmoothing).loss_func is loss
+    assert word.to_hard().loss_func is loss and not hasattr(word, 'online_label_smoothing')
+    assert not torch.equal(weights(word), weights(fit_seeded(learner(loss).to_smooth(.3), 3)))
+
+def test_flag():
+    learn = learner(label_smoothing='online')
+    assert learn.online_label_smoothing.eps == learn.loss_func.eps == .5 and 'online' in repr(learn.loss_func)
+    with pytest.raises(TypeError, match="label_smoothing='onlin': eps must be a number"): learner(label_smoothing='onlin')
+    class Own(Learner):
+        "Sets its loss when the flag has been carried out"
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.loss_func = CrossEntropyLossFlat()
+    learn = quiet(Own(single_dls(), mlp(k=K), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=.1, label_smoothing='online'))
+    assert torch.equal(weights(fit_seeded(learn)), weights(fit_seeded(learner(label_smoothing='online'))))
+
+def test_eps_is_that_of_the_loss():
+    cb = OnlineLabelSmoothing(.3)
+    cb.eps = .4
+    learn = learner(cbs=cb)
+    learn.fit(1)
+    assert cb.eps == learn.loss_func.eps == .4
+    cb.eps = .6
+    assert learn.loss_func.eps == .6 and repr(cb) == 'OnlineLabelSmoothing(eps=0.6)'
+    learn.loss_func.eps = .2
+    assert cb.eps == .2
+    with pytest.raises(ValueError, match='eps must be in'): cb.eps = 1.5
+    assert cb.eps == .2
+    by_class = learner().to_smooth(torch.linspace(0, .9, K), prior='online')
+    fit_seeded(by_class, 2)
+    assert not torch.equal(weights(by_class), weights(fit_seeded(learner().to_smooth(.45, prior='online'))))
+
+@pytest.mark.parametrize('share', [.8, .2])
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_of_two_mixed_inputs_the_larger_part_is_the_label(mix, share):
+    class Mixed(mix):
+        "Always with the same share of the first one, and the rows in reverse"
+        def before_batch(self):
+            self.lam, self.yb1 = torch.full((len(self.y) if mix is MixUp else 1,), share), (self.y.flip(0),)
+    learn, batches = learner(cbs=Mixed()).to_smooth(prior='online'), spy()
+    learn.fit(1, cbs=batches)
+    of_larger = [(p, y if share > .5 else y.flip(0)) for p, y, _ in batches.train()]
+    close(learn.online_label_smoothing.prior, soft_of(of_larger).float())
+
+def test_beside_global_mean():
+    learn = learner(F.cross_entropy, cbs=[GlobalMean(), OnlineLabelSmoothing()])
+    assert torch.equal(weights(fit_seeded(learn)), weights(fit_seeded(learner().to_smooth(prior='online'))))
+
+def test_another_loss_in_between_is_smoothed_too():
+    learn = learner().to_smooth(prior='online')
+    learn.fit(1)
+    soft, mine = learn.online_label_smoothing.prior, CrossEntropyLossFlat(weight=torch.arange(1., K+1))
+    learn.loss_func = mine
+    seen = Spy(lambda l: l.loss_func.func.prior, 'after_batch')
+    learn.fit(1, cbs=seen)
+    assert seen.train()[0] is soft and torch.equal(learn.loss_func.func.weight, mine.func.weight) and learn.to_hard().loss_func is mine
+
+def test_temperature_goes_along():
+    learn = learner().to_smooth(prior='online')
+    learn.fit(2)
+    learn.loss_func = tempered(learn.loss_func, 2.)
+    learn.fit(1)
+    assert learn.temperature == 2 and learn.loss_func.func.prior is learn.online_label_smoothing.prior
+    assert learn.to_hard().temperature == 2
+
+# ---------------------------------------------------------------- interrupts, and others that look or train in between
+
+class ValidateInTraining(Callback):
+    "Looks at the validation data in the middle of an epoch, and after it; fastai leaves it to such a callback to put back what trains"
+    order, run_valid = -99, False
+    def validate(self):
+        kept = {k: getattr(self.learn, k) for k in ('dl', 'iter', 'n_iter', 'xb', 'yb', 'training', 'pct_train', 'train_iter')}
+        self.learn.validate(), self.learn.get_preds()
+        for k, v in kept.items(): setattr(self.learn, k, v)
+        self.model.train()
+    def after_batch(self):
+        if self.learn.train_iter == 2: self.validate()
+    def after_train(self): self.validate()
+
+def test_validation_in_the_middle_of_an_epoch():
+    a, b = learner().to_smooth(prior='online'), learner(cbs=ValidateInTraining()).to_smooth(prior='online')
+    fit_seeded(a, 3), fit_seeded(b, 3)
+    assert torch.equal(weights(a), weights(b)) and torch.equal(a.online_label_smoothing.prior, b.online_label_smoothing.prior)
+
+def test_after_ctrl_c_S_is_that_of_the_last_whole_epoch():
+    learn = learner().to_smooth(prior='online')
+    learn.fit(1)
+    soft = learn.online_label_smoothing.prior
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=RaiseAt(KeyboardInterrupt()))
+    assert learn.online_label_smoothing.prior is soft
+    batches = spy()
+    learn.fit(1, cbs=batches)
+    close(learn.online_label_smoothing.prior, soft_of([o[:2] for o in batches.train()]).float())
+
+def test_lr_find_and_eps_find_leave_no_trace():
+    learn = learner().to_smooth(.6, prior='online')
+    learn.fit(1)
+    loss, cb, soft = learn.loss_func, learn.online_label_smoothing, learn.online_label_smoothing.prior.clone()
+    before = weights(learn).clone()
+    learn.lr_find(num_it=12, stop_div=False, show_plot=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.eps_find(4, show_plot=False)
+    assert learn.loss_func is loss and learn.online_label_smoothing is cb and torch.equal(cb.prior, soft) and cb.eps == .6
+    assert torch.equal(weights(learn), before) and cb._sums is None
+
+@pytest.mark.parametrize('way', ['export', 'deepcopy'])
+def test_a_copy_goes_on_by_itself(way, tmp_path):
+    learn = learner(path=tmp_path).to_smooth(.4, prior='online')
+    fit_seeded(learn, 2)
+    if way == 'export':
+        learn.dls.new_empty = partial(copy, learn.dls) # loaders of lists have none
+        learn.export('l.pkl')
+        other = load_learner(tmp_path/'l.pkl')
+        other.dls = learn.dls
+    else: other = deepcopy(learn)
+    assert torch.equal(other.online_label_smoothing.prior, learn.online_label_smoothing.prior) and other.loss_func is not learn.loss_func
+    before = learn.online_label_smoothing.prior.clone()
+    other.fit(1)
+    assert torch.equal(learn.online_label_smoothing.prior, before) and not torch.equal(other.online_label_smoothing.prior, before)
+    assert other.online_label_smoothing.soft_labels.shape == (K, K) and type(other.to_hard().loss_func) is CrossEntropyLossFlat
+
+# ---------------------------------------------------------------- what is refused
+
+def refused(make, error, match):
+    "It says so, and the Learner is as it was"
+    learn = make()
+    loss, cbs, before = learn.loss_func, list(learn.cbs), weights(learn).clone()
+    with pytest.raises(error, match=match): learn.to_smooth(prior='online').fit(1)
+    assert torch.equal(weights(learn), before)
+    if learn.loss_func is not loss: learn.to_hard()  # it was the targets that were refused
+    assert learn.loss_func is loss and list(learn.cbs) == cbs
+
+def test_what_is_not_one_class_a_row_is_refused():
+    multi = multi_dls(k=K)
+    refused(lambda: learner(BCEWithLogitsLossFlat(), dls=multi), TypeError, 'MultiLabelSmoothingCallback smooths such labels')
+    refused(lambda: learner(MSELossFlat()), TypeError, 'regression')
+    refused(lambda: learner(dls=tensor_dls(torch.randn(32, 6), torch.full((32, K), 1/K))), ValueError, 'needs class indices as targets, got soft')
+    with pytest.raises(ValueError, match="spread='others'"): learner().to_smooth(prior='online', spread='others')
+    with pytest.raises(ValueError, match='smooth_valid=True'): learner().to_smooth(prior='online', smooth_valid=True)
+    with pytest.raises(ValueError, match="'train' or 'online', got 'onlin'"): learner().to_smooth(prior='onlin')
+    with pytest.raises(ValueError, match='eps must be in'): OnlineLabelSmoothing(2)
+
+def test_too_many_classes(monkeypatch):
+    "Said before anything is trained, where the data know how many there are, else at the first batch"
+    monkeypatch.setattr(online, 'max_classes', K-1)
+    refused(learner, ValueError, rf"for K={K} classes.* K={K-1}: use to_smooth\(prior='train'\)")
+    dls = single_dls(k=K)
+    dls.c = K
+    learn = learner(dls=dls)
+    with pytest.raises(ValueError, match="prior='train'"): learn.to_smooth(prior='online')
+    assert type(learn.loss_func) is CrossEntropyLossFlat and not hasattr(learn, 'online_label_smoothing')
+
+# ---------------------------------------------------------------- shown
+
+def test_soft_labels_by_name_and_their_picture():
+    learn = learner().to_smooth(prior='online')
+    cb = learn.online_label_smoothing
+    assert cb.soft_labels is None
+    with pytest.raises(ValueError, match='after the first epoch'): cb.plot_soft_labels()
+    learn.fit(1)
+    assert list(cb.soft_labels.index) == list(cb.soft_labels.columns) == list('0123')
+    learn.dls.vocab = ['ant', 'bee', 'cat', 'dog']
+    table = cb.soft_labels
+    assert list(table.index) == list(table.columns) == ['ant', 'bee', 'cat', 'dog'] and np.allclose(table.sum(1), 1)
+    np.testing.assert_array_equal(table, cb.prior)
+    ax = cb.plot_soft_labels(return_fig=True).axes[0]
+    shown = ax.images[0].get_array()
+    assert [o.get_text() for o in ax.get_yticklabels()] == ['ant', 'bee', 'cat', 'dog'] and np.ma.getmaskarray(shown).diagonal().all()
+    np.testing.assert_allclose(shown.compressed(), table.to_numpy()[~np.eye(K, dtype=bool)])
+
+def test_of_many_classes_those_that_share_most_are_shown():
+    learn = learner().to_smooth(prior='online')
+    soft = torch.eye(6)
+    soft[1, 4] = soft[4, 1] = .3
+    soft[2, 5] = .2
+    learn.online_label_smoothing.prior = soft/soft.sum(1, keepdim=True)
+    ax = learn.online_label_smoothing.plot_soft_labels(max_n=2, return_fig=True).axes[0]
+    assert [o.get_text() for o in ax.get_yticklabels()] == [o.get_text() for o in ax.get_xticklabels()] == ['1', '4']
+    assert len(learn.online_label_smoothing.plot_soft_labels(return_fig=True).axes[0].get_yticklabels()) == 6
