@@ -9,7 +9,8 @@ from .online import OnlineLabelSmoothing
 from .learner import *
 from .measures import nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error
 from .intervals import null_floor, bootstrap_interval
-from .metrics import NLL, Brier, ECE, ClasswiseECE, SmoothECE
+from .ranking import risk_coverage, risk_at, coverage_at, aurc
+from .metrics import NLL, Brier, ECE, ClasswiseECE, SmoothECE, AURC, NLLAfterT
 from .scaling import best_temperature
 from .interpret import CalibrationInterpretation
 from .tune import EpsSuggestion

@@ -13,6 +13,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.ticker import PercentFormatter
 from .measures import *
 from .intervals import *
+from .ranking import *
+from .ranking import decisions
 from .predictions import RawPreds, raw_preds
 from .kernels.checks import check_whole
 from .losses import base_loss, untempered
@@ -21,7 +23,7 @@ from .scaling import best_temperature, cross_fitted, row_nll
 from .temperature import check_activation, temperature_of
 
 # %% ../nbs/15_interpret.ipynb #ff27fd2a
-_UNDER,_OVER,_RIGHT,_WRONG = 'C0','C1','C2','C3'
+_UNDER,_OVER,_RIGHT,_WRONG,_RAW,_AFTER = 'C0','C1','C2','C3','black','C4'
 
 def _draw_diagonal(ax, words):
     for y,word,color,place in ((1, words[0], _UNDER, dict(x=.03, y=.97, va='top')), (0, words[1], _OVER, dict(x=.97, y=.03, ha='right'))):
@@ -119,7 +121,8 @@ def summary(self:CalibrationInterpretation,
     by_label:bool=False, # Several labels: ECE, Brier and NLL of each, the worst ECE first, instead
     n_boot:int=1000, # Bootstrap samples
 ) -> pd.DataFrame: # One row a measure, 'raw' and 'after T': value, low, high, 'if perfectly calibrated', 'at most (95%)', n, T
-    """Measures with their 95% intervals (`low`, `high`). Accuracy, Brier and the calibration errors are fractions, NLL is in nats.
+    """Measures with their 95% intervals (`low`, `high`). Accuracy, Brier, the calibration errors and AURC are fractions, NLL is in nats.
+    AURC has one row more: what it would be if the same errors were ranked perfectly.
 
     `if perfectly calibrated` is what a measure would be, on the average, if the model were right just as often as these probabilities
     say, on as many rows; 95% of such models show `at most` the number beside it. Rows of one item, such as the pixels of an image, share
@@ -131,14 +134,17 @@ def summary(self:CalibrationInterpretation,
     probs_of = {'raw':(self.raw,1.), 'after T':(self.after,self.temperature)}
     classwise = [('classwise ECE',classwise_calibration_error,bins)] if self.of_classes else []
     for name,f,kw in [('accuracy',accuracy_multi if self.multi else accuracy,{}), ('NLL',nll,{}), ('Brier',brier_score,{}),
-                      ('ECE',calibration_error,bins), *classwise, ('smooth ECE',smooth_calibration_error,{})]:
+                      ('ECE',calibration_error,bins), *classwise, ('smooth ECE',smooth_calibration_error,{}),
+                      ('AURC',RiskCoverageArea(),{})]:
         for when,(probs,t) in probs_of.items():
             if name == 'accuracy' and when != 'raw': continue # the same
             options = dict(average=average, groups=self.items, **kw)
             perfect = (math.nan,math.nan) if name == 'accuracy' else null_floor(f, probs, self.targs, n_draws=n_boot, **options)
             value = measure_of(f, **kw)(probs, self.targs, average).item()
-            interval = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, **options)
+            if name == 'AURC': _,*interval,best = aurc(probs, self.targs, n_boot=n_boot, **options)
+            else: interval = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, **options)
             rows[name,when] = [value, *interval, *map(float, perfect), len(self.targs), t]
+    rows['AURC','perfect ranking'] = [best, *[math.nan]*4, len(self.targs), math.nan] # the errors are the same, with and without T
     index = pd.MultiIndex.from_tuples(rows, names=['measure','probabilities'])
     return pd.DataFrame(list(rows.values()), index, ['value','low','high','if perfectly calibrated','at most (95%)','n','T'])
 
@@ -186,9 +192,8 @@ def plot_reliability(self:CalibrationInterpretation,
 @patch
 def _decisions(self:CalibrationInterpretation, probs):
     "Confidence of each decision, and was it right; flat"
-    if not self.of_classes: return torch.maximum(probs, 1-probs).flatten(),((probs > .5) == (self.targs == 1)).flatten()
-    sure,pred = probs.max(1)
-    return sure,pred == self.targs
+    sure,wrong = decisions(*check_probs(probs, self.targs))
+    return sure.flatten(),wrong.flatten() == 0
 
 @patch
 def plot_confidences(self:CalibrationInterpretation,
@@ -211,6 +216,24 @@ def plot_confidences(self:CalibrationInterpretation,
     axs[0].set_ylabel('share of the right, of the wrong')
     axs[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    if return_fig: return fig
+
+# %% ../nbs/15_interpret.ipynb #plotrsk1
+@patch
+def plot_risk_coverage(self:CalibrationInterpretation,
+    figsize:tuple=(6,4.2), # In inches
+    return_fig:bool=False, # Return the figure?
+) -> plt.Figure: # None unless `return_fig`
+    """The error among the surest decisions, for each share of them; raw, after temperature, and, dashed, if the same errors were ranked
+    perfectly. The legend has the share that can be decided with an error of at most 1% and of 5%. Of labels, all decisions, yes or no."""
+    raw,after = (risk_coverage(probs, self.targs) for probs in self._titled.values())
+    yes_or_no = not self.of_classes or self.logits.shape[1] == 2 # one temperature for all of these changes no order
+    same = yes_or_no and not is_listy(self.temperature) or raw[['coverage','risk']].equals(after[['coverage','risk']])
+    before,then = self._titled
+    curves = {f'{before}, the same {then}':(raw,_RAW)} if same else {before:(raw,_RAW), then:(after,_AFTER)}
+    fig,ax = plt.subplots(figsize=figsize, layout='constrained')
+    draw_risk_coverage(ax, curves)
+    fig.legend(loc='outside lower center')
     if return_fig: return fig
 
 # %% ../nbs/15_interpret.ipynb #mostover

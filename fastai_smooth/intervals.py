@@ -13,9 +13,9 @@ from .kernels.checks import check_number, check_whole
 from .measures import *
 
 # %% ../nbs/10_intervals.ipynb #8cdbe5da
-def _check_level(level): check_number('level', level, 0, 1, strictly=True)
+def check_level(level): check_number('level', level, 0, 1, strictly=True)
 
-def _numbered(groups, n):
+def numbered(groups, n):
     "Groups by number from 0 (N,), and how many there are; None: each row is one"
     if groups is None: return torch.arange(n),n
     groups = values_of('groups', groups)
@@ -37,7 +37,7 @@ def _drawn_classes(probs, group, n_groups, draws, gen):
 
 # %% ../nbs/10_intervals.ipynb #nullflr0
 def null_floor(
-    measure:Callable, # One of the measures here, or fastai's `accuracy` and `accuracy_multi`
+    measure:Callable, # One of the measures, or fastai's `accuracy` and `accuracy_multi`; or a `Measure`
     probs:Tensor, # (N,) or (N,K) probabilities
     targs:Tensor, # Labels, (N,) or (N,K); only their shape counts
     level:float=.95, # Share in (0,1) of perfect models whose value is at most `upper`
@@ -52,11 +52,11 @@ def null_floor(
     Consistency resampling: labels are drawn from `probs` (Bröcker & Smith 2007; Vaicenavicius et al. 2019, arXiv:1902.06977)."""
     m,(probs,targs,task) = measure_of(measure, **kwargs),check_probs(probs, targs)
     gen = torch.Generator().manual_seed(check_whole('seed', seed))
-    _check_level(level)
+    check_level(level)
     check_whole('n_draws', n_draws, 1)
     m.averaged(torch.zeros(1), average) # is it known?
     if probs.isnan().any(): return tensor(math.nan),tensor(math.nan) # training diverged
-    group,n_groups = _numbered(groups, len(probs))
+    group,n_groups = numbered(groups, len(probs))
     draw = _drawn_classes if task == 'classes' else _drawn_labels
     draws = min(n_draws, max(20, 10**8 // probs.numel()))
     values = torch.stack([m.of(probs, targs, task, average) for targs in draw(probs, group, n_groups, draws, gen)])
@@ -75,12 +75,13 @@ def binomial_interval(
     level:float=.95, # Share in (0,1) of samples whose interval holds the truth
 ) -> tuple: # low, high
     "Wilson's interval for a probability (Wilson 1927)."
-    _check_level(level)
+    check_level(level)
     for name,v in (('k',k),('n',n)): check_number(name, v, 0 if name == 'k' else 1, 2**63)
     if k > n: raise ValueError(f'k must be n={n} at most, got {k}')
     return _wilson(int(k)/int(n), int(n), level)
 
-def _design_effect(cell, errors, n_cells, group, n_groups):
+# %% ../nbs/10_intervals.ipynb #dsgneff0
+def design_effect(cell, errors, n_cells, group, n_groups):
     "How many rows count as one (M,cells): 1 where rows are independent, all rows of a group where these are alike. Kish 1965"
     if n_groups == len(cell): return torch.ones(cell.shape[1], n_cells, dtype=torch.double)
     together = (Measure.add_up(cell, errors[...,None], n_cells, group, n_groups)[...,0]**2).sum(0)
@@ -106,7 +107,7 @@ def _added_rows(m, cell, channels, either, group, n_groups):
         either = torch.stack([torch.stack([torch.ones_like(p), torch.full_like(p, y), y-p], -1) for y in (0,1)])
         mean,often = (total+.5) / (n+1),1 - .5*torch.stack([total < n, total > 0])
     else: mean,often = (total + .5*either[...,1].sum(0)) / (n+1),torch.ones(2, *n.shape)
-    as_one = _design_effect(region, channels[...,1] - mean.gather(1, region.T).T, regions, group, n_groups)
+    as_one = design_effect(region, channels[...,1] - mean.gather(1, region.T).T, regions, group, n_groups)
     share = sums[...,0] / n.clamp(min=1).gather(1, part_of) # of a cell in what its region is given
     return either*as_one.gather(1, part_of)[...,None],share*often.gather(2, part_of.expand(2, -1, -1))
 
@@ -146,7 +147,7 @@ def _interval(m, cell, channels, either, level, n_boot, groups, seed):
     "Of the mean of all labels in `cell`. Rows, or groups, are put into a `few` batches where they are many."
     rng = np.random.default_rng(check_whole('seed', seed) % 2**64)
     check_whole('n_boot', n_boot, 1)
-    (group,n),labels,size = _numbered(groups, len(cell)),cell.shape[1],m.n_cells*channels.shape[-1]
+    (group,n),labels,size = numbered(groups, len(cell)),cell.shape[1],m.n_cells*channels.shape[-1]
     if m.is_share and labels == 1 and n == len(cell): return binomial_interval(channels[...,1].sum(), n, level)
     n_boot,few = min(n_boot, max(200, 2**26 // (labels*size))),min(n, 5000, max(200, 2**24 // (labels*size)))
     weights = torch.from_numpy(rng.exponential(size=(n_boot,few)))
@@ -180,7 +181,7 @@ def bootstrap_interval(
     answers of 100 don't rule a wrong one out. The accuracy of classes has Wilson's interval. Of a calibration error the low end is the
     smallest true one with which luck could show as large an error as this one: 0 where a calibrated model could. `debias` changes
     nothing, since it is for the true error. With norm='max' the truth is held less often, as the largest gap may be where no rows are."""
-    _check_level(level)
+    check_level(level)
     m = measure_of(measure, **{k:v for k,v in kwargs.items() if k != 'debias'})
     checked = check_probs(probs, targs)
     (cell,channels),either = m.cells(m.rows(*checked)),_either_outcome(m, *checked)
@@ -200,9 +201,9 @@ def _merged(counts, min_n):
 def _trials(cell, y, bins, groups, level):
     """How many independent rows each bin is worth (bins,): n over the design effect, and by quantiles of t less where it is few groups that
     have most of the rows. Korn & Graubard 1998."""
-    (group,n_groups),n = _numbered(groups, len(cell)),bins[:,0]
+    (group,n_groups),n = numbered(groups, len(cell)),bins[:,0]
     if n_groups == len(cell): return n
-    effect = _design_effect(cell, y - ((bins[:,1]+.5)/(n+1))[cell], len(bins), group, n_groups)[0]
+    effect = design_effect(cell, y - ((bins[:,1]+.5)/(n+1))[cell], len(bins), group, n_groups)[0]
     sizes = Measure.add_up(cell, torch.ones_like(y)[...,None], len(bins), group, n_groups)[:,0,:,0]
     as_many = n**2/(sizes**2).sum(0) # groups, if they were alike
     def width(k): return t.ppf((1+level)/2, np.maximum(.1, k-1)) * np.sqrt(k/np.maximum(.1, k-1))
@@ -223,8 +224,8 @@ def reliability(
     m = BinnedError(n_bins, binning)
     rows = m.rows(*check_probs(probs, targs))
     if rows.shape[1] > 1: raise ValueError(f'probs has {rows.shape[1]} labels: give one, probs[:,k] and targs[:,k]')
-    group = _numbered(groups, len(rows))[0]
-    _check_level(level)
+    group = numbered(groups, len(rows))[0]
+    check_level(level)
     check_whole('min_n', min_n)
     known,columns = ~rows[:,0,0].isnan(),['confidence','accuracy','low','high','n'] # nan where training diverged
     if not known.any(): return pd.DataFrame(columns=columns, dtype=float)

@@ -71,6 +71,8 @@ class Measure:
     n_cells,streams = 1,True # `streams`: rows can be added up as they come; else `cells` needs all of them
     worst,is_share = torch.amax,False # The worst of the values; are rows 0 or 1?
 
+    def cells(self, rows): raise TypeError(f'{type(self).__name__} is no sum over rows, as bootstrap_interval needs it')
+
     @staticmethod
     def add_up(cell, added, n_cells, group=None, n_groups=1):
         "Sums (n_groups,M,n_cells,C) of what each row adds (N,M,C) to its `cell` (N,M); in each `group` (N,) if there are several."
@@ -250,10 +252,11 @@ _MEASURES = {nll: lambda: MeanMeasure(_nll_rows), brier_score: lambda: MeanMeasu
              **dict.fromkeys((accuracy,accuracy_multi), lambda: MeanMeasure(_right_rows, torch.amin, is_share=True))}
 
 def measure_of(
-    measure:Callable, # One of the functions here, or fastai's `accuracy` and `accuracy_multi`
+    measure:Callable, # One of the functions here, or fastai's `accuracy` and `accuracy_multi`; or a `Measure`, as it is
     **kwargs # Of the function
 ) -> Measure:
     "What the function measures, for `metrics` and `intervals`."
+    if isinstance(measure, Measure) and not kwargs: return measure
     if not callable(measure) or measure not in _MEASURES:
         names = ', '.join(o.__name__ for o in _MEASURES)
         raise TypeError(f'measure {getattr(measure, "__name__", measure)} is not known here: use one of {names}')

@@ -12,11 +12,12 @@ from fastai_smooth.all import *
 from fastai_smooth.intervals import reliability
 from fastai_smooth.interpret import *
 from fastai_smooth.predictions import raw_preds
+from fastai_smooth.ranking import *
 from fastai_smooth.scaling import *
 from fastai_smooth.temperature import *
 
 NAN, PERFECT = math.nan, ['if perfectly calibrated', 'at most (95%)']
-MEASURES = {'NLL': nll, 'Brier': brier_score, 'ECE': calibration_error, 'classwise ECE': classwise_calibration_error, 'smooth ECE': smooth_calibration_error}
+MEASURES = {'NLL': nll, 'Brier': brier_score, 'ECE': calibration_error, 'classwise ECE': classwise_calibration_error, 'smooth ECE': smooth_calibration_error, 'AURC': RiskCoverageArea()}
 
 @pytest.fixture(autouse=True)
 def no_figures_left():
@@ -49,16 +50,20 @@ def test_the_table_has_the_measures_of_predictions(kind):
     "raw, and after a cross-fitted temperature, against hard labels, with the intervals and perfect models of `intervals`"
     z, y, interp, res = found(kind)
     near(interp.raw, probs_of(z, y)), near(interp.temperature, best_temperature(z, y), 1e-4)
-    names = ['accuracy', 'NLL', 'Brier', 'ECE', *(['classwise ECE'] if kind == 'single' else []), 'smooth ECE']   # proper scores come first
+    names = ['accuracy', 'NLL', 'Brier', 'ECE', *(['classwise ECE'] if kind == 'single' else []), 'smooth ECE', 'AURC']   # proper scores come first
     assert list(dict.fromkeys(res.index.get_level_values(0))) == names and list(res.index.names) == ['measure', 'probabilities'] and (res.n == 100).all()
     assert list(res.columns) == ['value', 'low', 'high', *PERFECT, 'n', 'T']
     for when, p, t in ('raw', probs_of(z, y), 1.), ('after T', probs_of(cross_fitted(z.double(), y), y), interp.temperature):
         for name in names[1:]:
             row, f = res.loc[(name, when)], MEASURES[name]
             near(row['value'], f(p, y)), near(row['T'], t)
-            near((row.low, row.high), bootstrap_interval(f, p, y, n_boot=30), 1e-3), near(row[PERFECT], null_floor(f, p, y, n_draws=30), 1e-3)
+            near((row.low, row.high), aurc(p, y, n_boot=30)[1:3] if name == 'AURC' else bootstrap_interval(f, p, y, n_boot=30), 1e-3)
+            near(row[PERFECT], null_floor(f, p, y, n_draws=30), 1e-3)
     near(res.loc[('accuracy', 'raw'), 'value'], right_of(z, y).double().mean())
     assert res.loc['accuracy'][PERFECT].isna().all(axis=None) and len(res.loc['accuracy']) == 1
+    best = res.loc[('AURC', 'perfect ranking')]
+    near(best['value'], aurc(probs_of(z, y), y).perfect)
+    assert best.drop(['value', 'n']).isna().all()
 
 @pytest.mark.parametrize('per_label', [False, True])
 def test_a_fitted_temperature_is_the_one_shown(per_label):
@@ -77,7 +82,8 @@ def test_options_of_the_table():
     for name in 'ECE', 'classwise ECE': near(res.loc[(name, 'raw'), 'value'], MEASURES[name](z.softmax(1), y, n_bins=5))
     z, y, interp, _ = found('multi')
     res = interp.summary(average='worst', n_boot=20)
-    for name in 'NLL', 'Brier', 'ECE', 'smooth ECE': near(res.loc[(name, 'raw'), 'value'], max(MEASURES[name](z.sigmoid(), y, average=None)))
+    for name in 'NLL', 'Brier', 'ECE', 'smooth ECE', 'AURC': near(res.loc[(name, 'raw'), 'value'], max(MEASURES[name](z.sigmoid(), y, average=None)))
+    near(res.loc[('AURC', 'perfect ranking'), 'value'], aurc(z.sigmoid(), y, average='worst').perfect)
     near(res.loc[('accuracy', 'raw'), 'value'], right_of(z, y).double().mean(0).min())
 
 @pytest.mark.parametrize('vocab', [['mild', 'noisy', 'random'], [['a', 'b'], ['mild', 'noisy', 'random']], ['other']], ids=str)
@@ -104,6 +110,7 @@ def test_pixels_are_rows_and_those_of_an_image_belong_together(y_shape):
     row = interp.summary(n_boot=30).loc[('NLL', 'raw')]
     near((row.low, row.high), bootstrap_interval(nll, p, y, n_boot=30, groups=items), 1e-3)
     near(row[PERFECT], null_floor(nll, p, y, n_draws=30, groups=items), 1e-3)
+    near(interp.summary(n_boot=30).loc[('AURC', 'raw'), ['low', 'high']], aurc(p, y, n_boot=30, groups=items)[1:3], 1e-3)
     bars = interp.plot_reliability(return_fig=True).axes[0].containers[0].lines[2][0].get_segments()
     near([o[:, 1] for o in bars], reliability(p, y, min_n=5, groups=items)[['low', 'high']])
     assert len(interp.summary(by_label=True)) == 1
@@ -160,7 +167,7 @@ def test_a_panel_of_several_curves():
     assert [o.get_edgecolor() for o in low.patches] == [matplotlib.colors.to_rgba(o) for o in ('C4', 'C5')]
 
 @each
-@pytest.mark.parametrize('plot', ['plot_reliability', 'plot_confidences'])
+@pytest.mark.parametrize('plot', ['plot_reliability', 'plot_confidences', 'plot_risk_coverage'])
 def test_plots_make_figures_without_warnings(kind, plot):
     interp = found(kind)[2]
     with warnings.catch_warnings():
@@ -168,7 +175,7 @@ def test_plots_make_figures_without_warnings(kind, plot):
         fig = getattr(interp, plot)(return_fig=True)
         fig.canvas.draw()
     assert isinstance(fig, plt.Figure) and getattr(interp, plot)() is None
-    if plot == 'plot_confidences': return
+    if plot != 'plot_reliability': return
     single, axs = kind == 'single', fig.axes
     assert {o.get_xlabel() for o in axs} == {'', 'confidence' if single else 'probability'} and {'accuracy' if single else 'share of positives', 'rows'} <= {o.get_ylabel() for o in axs}
     assert {o.get_text(): o.get_color() for o in axs[0].texts} == ({'underconfident': 'C0', 'overconfident': 'C1'} if single else {'too low': 'C0', 'too high': 'C1'})
@@ -201,6 +208,26 @@ def test_right_is_green_and_wrong_is_red(kind):
         assert ax.get_yscale() == 'linear' and [matplotlib.colors.to_hex(o.get_edgecolor()) for o in ax.patches] == [matplotlib.colors.to_hex(o) for o in ('C2', 'C3')]
         for patch, which in zip(ax.patches, (right, ~right)):
             near(patch.get_xy()[:, 1].max(), np.histogram(sure[which], 20, (.25 if kind == 'single' else .5, 1))[0].max() / int(which.sum()), 1e-9)
+
+@each
+def test_risk_coverage_of_both_or_of_one_where_no_order_changes(kind):
+    "A temperature for all decisions, yes or no, leaves their order as it is, though a cross-fitted one does so but nearly"
+    z, y, interp, _ = found(kind)
+    lines, t = interp.plot_risk_coverage(return_fig=True).axes[0].lines, f'after T={interp.temperature:.2f}'
+    assert [o.get_label().split(':')[0] for o in lines] == ([f'raw, the same {t}', 'the same errors, ranked perfectly'] if kind != 'single' else ['raw', t, 'the same errors, ranked perfectly'])
+    for line, p in zip(lines, [interp.raw, interp.after] if kind == 'single' else [interp.raw]):
+        curve = risk_coverage(p, y)
+        near(line.get_ydata(), [risk_at(curve, x) for x in line.get_xdata()])
+        assert f'{coverage_at(curve, .05):.1%} at 5%' in line.get_label()
+    near(risk_at(risk_coverage(interp.raw, y), 1), (~right_of(z, y)).double().mean())
+
+def test_risk_coverage_with_temperatures_that_change_the_order_or_none():
+    learn = given(*drawn('multi')).fit_temperature(per_label=True)
+    assert len(interpret(learn).plot_risk_coverage(return_fig=True).axes[0].lines) == 3
+    z, y = drawn('single')
+    for k, n in (2, 2), (4, 3): assert len(interpret(given(z[:, :k], y % k)).plot_risk_coverage(return_fig=True).axes[0].lines) == n
+    interp = interpret(given(z*NAN, y))
+    assert [o.get_label() for o in interp.plot_risk_coverage(return_fig=True).axes[0].lines[:1]] == ['raw, the same after T=1.00: 0.0% can be decided at 1% error, 0.0% at 5%']
 
 # ---------------------------------------------------------------- most_overconfident
 
@@ -259,7 +286,7 @@ def test_most_overconfident_needs_all_predictions():
 # ---------------------------------------------------------------- what cannot be, and what must not crash
 
 def draws(interp):
-    for f in interp.plot_reliability, interp.plot_confidences: f(return_fig=True).canvas.draw()
+    for f in interp.plot_reliability, interp.plot_confidences, interp.plot_risk_coverage: f(return_fig=True).canvas.draw()
     return interp.summary(n_boot=20), interp.most_overconfident(show=False)
 
 @each
@@ -273,7 +300,7 @@ def test_a_diverged_model_does_not_crash(kind):
 
 def test_one_class_is_always_right():
     res, (probs, _) = draws(interpret(given(torch.randn(50, 1), torch.zeros(50).long())))
-    near(res.xs('raw', level=1)['value'], [1, 0, 0, 0, 0, 0])
+    near(res.xs('raw', level=1)['value'], [1, 0, 0, 0, 0, 0, 0])
     assert not len(probs)
 
 def test_it_leaves_the_learner_and_random_states_alone(images):

@@ -1,5 +1,5 @@
 "The metrics of a Learner are what the functions give for all rows at once, whatever the batches, the loss and the layout."
-import math, pickle
+import itertools, math, pickle
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +17,16 @@ from test_measures import BAD_BINS, MEASURES, NAN, near
 from fastai_smooth.losses import LabelSmoothingCrossEntropyFlat
 from fastai_smooth.measures import *
 from fastai_smooth.metrics import *
+from fastai_smooth.ranking import *
+from fastai_smooth.scaling import *
 
-METRICS = dict(zip([NLL, Brier, ECE, ClasswiseECE, SmoothECE], MEASURES))
+def nll_after_t(p, y, average='macro'):
+    "The mean NLL of rows that are divided by a temperature of others, from logits that are made of probabilities"
+    if y.ndim < p.ndim: return nll(cross_fitted(p.double().log(), y).softmax(1), y)
+    return nll(cross_fitted(p.double().logit(), y).sigmoid(), y, average)
+
+SUMS = dict(zip([NLL, Brier, ECE, ClasswiseECE, SmoothECE], MEASURES))
+METRICS = SUMS | {AURC: RiskCoverageArea(), NLLAfterT: nll_after_t}
 each_metric = pytest.mark.parametrize('cls', METRICS)
 
 def metrics(**kw):
@@ -132,7 +140,7 @@ def test_act_makes_the_probabilities():
 def test_a_softmax_over_one_class_is_always_right(loss):
     learn = as_is(rows_of(20, 1), torch.zeros(20, *[1]*isinstance(loss, fastai_losses.BaseLoss), dtype=torch.long), loss, 10)
     learn.metrics = [cls(act=partial(F.softmax, dim=-1)) for cls in METRICS]
-    near(learn.validate(), [0]*6)
+    near(learn.validate(), [0]*8)
 
 # ---------------------------------------------------------------- ignored rows, nothing, nan
 
@@ -165,15 +173,18 @@ def test_a_diverged_model_gives_nan():
 
 def test_names():
     "fastai's trackers minimise those with 'loss' or 'error' in them"
-    assert [cls().name for cls in METRICS] == ['nll_loss', 'brier_loss', 'calibration_error', 'classwise_calibration_error', 'smooth_calibration_error']
+    assert [cls().name for cls in METRICS] == ['nll_loss', 'brier_loss', 'calibration_error', 'classwise_calibration_error', 'smooth_calibration_error',
+                                                   'aurc_error', 'nll_after_t_loss']
     assert [o.name for o in (ECE(30), ECE(average='worst'), ClasswiseECE(10))] == ['calibration_error30', 'calibration_error_worst', 'classwise_calibration_error10']
 
 @each_metric
 def test_trackers_keep_the_lowest_value(cls, tmp_path):
-    "The first of three epochs, after which the model diverges; early stopping and the learning rate go by it too"
+    "The first epoch, after which the model says the opposite, ever more; early stopping and the learning rate go by it too"
     def worse(learn):
-        with torch.no_grad(): learn.model[-1].weight.mul_(-3)
+        if learn.epoch:
+            with torch.no_grad(): learn.model[-1].weight.mul_(-3 if learn.epoch == 1 else 3)
     learn, name = single(), cls().name
+    learn.fit(10, .1)
     learn.metrics, learn.path = cls(), tmp_path
     cbs = SaveModelCallback(monitor=name), EarlyStoppingCallback(monitor=name, patience=3), ReduceLROnPlateau(monitor=name, patience=2)
     learn.fit(5, 1e-9, cbs=[Spy(worse, 'before_epoch'), *cbs])
@@ -218,7 +229,7 @@ test_refuses, test_takes = fuzz.both_tests(TABLE, subclasses=(TensorBase, Tensor
 
 # ---------------------------------------------------------------- state
 
-@each_metric
+@pytest.mark.parametrize('cls', SUMS)
 def test_state_does_not_grow(cls):
     "With the number of batches or rows: sums alone are kept"
     m, sizes = cls(), []
@@ -228,12 +239,30 @@ def test_state_does_not_grow(cls):
         sizes.append(len(pickle.dumps(m)))
     assert abs(sizes[0]-sizes[1]) < 100
 
+@pytest.mark.parametrize('cls, numbers', [(AURC, 2), (NLLAfterT, 5), (partial(ECE, binning='mass'), 2)])
+def test_of_many_rows_an_even_sample_is_kept(cls, numbers):
+    "each second, fourth or eighth one, and in memory not more than that"
+    z, y = 3*rows_of(1000, 4), torch.multinomial((1.5*rows_of(1000, 4)).softmax(1), 1)[:, 0]
+    def accumulated(rows, max_numel=2**26, sizes=(7, 1, 64, 3)):
+        m, at = cls(), 0
+        m.max_numel = max_numel
+        m.reset()
+        for n in itertools.cycle(sizes):
+            if at >= len(rows): return m
+            m.accumulate(SimpleNamespace(pred=z[rows[at:at+n]], y=y[rows[at:at+n]], loss_func=CrossEntropyLossFlat()))
+            at += n
+    all_rows = torch.arange(1000)
+    for step in 1, 2, 8:
+        m = accumulated(all_rows, -(-1000//step)*numbers)
+        assert m.step == step and m.n == 1000 and sum(o.untyped_storage().nbytes() for o in m.kept) < 9*numbers*1000/step
+        near(m.value, accumulated(all_rows[::step]).value, 1e-12)
+
 def test_train_metrics_under_mixup():
     "The hard labels of the batch are measured, as they are"
     learn = single(bs=10)
-    learn.metrics, learn.recorder.train_metrics = [NLL(), ECE(binning='mass'), SmoothECE()], True
+    learn.metrics, learn.recorder.train_metrics = [NLL(), ECE(binning='mass'), AURC(), NLLAfterT()], True
     learn.fit(2, cbs=MixUp())
-    for o in learn.recorder.values: assert len(o) == 8 and all(map(math.isfinite, o))
+    for o in learn.recorder.values: assert len(o) == 10 and all(map(math.isfinite, o))
 
 def test_metrics_pickle(tmp_path):
     learn = quiet(tabular_learner(tabular_dls(tabular_frame()), layers=[4], metrics=[m for m, _ in metrics()], path=tmp_path))
@@ -248,7 +277,9 @@ def shared_learner():
     x, w = rows_of(189, 6), rows_of(6, 4, seed=1)
     y = (x@w + 2*rows_of(189, 4, seed=2)).argmax(1)
     x[40::7], y[40::7] = NAN, -100
-    return quiet(Learner(tensor_dls(x, y, 16, 157), mlp(k=4), loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=[m for m, _ in metrics()]))
+    model = nn.Linear(6, 4, bias=False)
+    model.weight.data = w.T
+    return quiet(Learner(tensor_dls(x, y, 16, 157), model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=[m for m, _ in metrics()]))
 
 def ranked():
     fastai_on_cpu()
@@ -258,9 +289,12 @@ def ranked():
 
 @needs_distributed
 def test_two_processes_measure_what_one_does():
-    "Exactly, with rows that do not come out even"
+    "Exactly, with rows that do not come out even; but for the temperature, which is that of other rows"
     pytest.importorskip('accelerate')
     from fastai import distributed   # noqa: F401  before the fork
     one = shared_learner().validate()[1:]
     assert all(map(math.isfinite, one))
-    for values in in_processes(2, ranked): near(values, one, 1e-6)
+    after_t = list(METRICS).index(NLLAfterT)
+    for values in in_processes(2, ranked):
+        near(values[after_t], one[after_t], .01)
+        near([o for i, o in enumerate(values) if i != after_t], [o for i, o in enumerate(one) if i != after_t], 1e-6)
