@@ -80,7 +80,7 @@ def test_wrong_options(stub, capsys, args, words):
     assert all(w in err for w in words.split()) and '--help lists what there is' in err
 
 NO_COUNT, NO_SHARE = ['0', '-1', '1.5', 'x', '', 'nan', '1e3', '9'*5000], ['x', '', '-1', '-1e-3', 'nan', 'inf', '1.5', '0,1', 'a\nb']
-BAD = {'compare': {'--eps': NO_SHARE, '--noise': [*NO_SHARE, '1'], '--lr': ['0', '-1', 'nan', 'inf', 'x'], '--workers': ['-1', 'x', '1.5'],
+BAD = {'compare': {'--eps': [*NO_SHARE, 'Online', 'online:', 'online:0', 'online:1.5', 'online:nan', 'online:x', 'auto:.1', 'uniform', 'none'], '--noise': [*NO_SHARE, '1'], '--lr': ['0', '-1', 'nan', 'inf', 'x'], '--workers': ['-1', 'x', '1.5'],
                    **{o: NO_COUNT for o in ('--seeds', '--epochs', '--size', '--bs')}, '--out': ['a\0b', 'x'*5000], '--data': ['a\0b', 'x'*5000, 'nowhere']},
        'bench': {'--seconds': ['0', 'x', 'nan', '-1', 'inf', ''], '--dtypes': ['float64', 'x'], '--backend': ['cuda', 'triton'], '--device': ['meta', 'tpu'], '--rounds': ['3'],
                  '--shapes': ['x', '0x5', '5x0', '-1x3', '3', 'softmax:3', 'cat:3x3', '3x1', '', '3\nx', '1.5x2'], '--json': ['no/such/file', 'no\nfolder/x', 'a\0b', 'x'*5000, '.']}}

@@ -1,4 +1,4 @@
-"""The main job: runs of one seed are pairs; bad input is told before any training; what is finished is kept."""
+"""The main job: runs of one seed share all but the smoothing; bad input is told before any training; what is finished is kept."""
 import os, re, shutil, signal, subprocess, sys, time
 from functools import wraps
 from pathlib import Path
@@ -39,14 +39,14 @@ def photos(tmp_path): return photo_folder(tmp_path/'photos')
 
 @pytest.fixture
 def fake(monkeypatch):
-    "The command without training, models or pictures: a list of the runs that were asked for. `fake.before` is called at each, with (eps, seed)"
-    class Runs(list): before = staticmethod(lambda eps, seed: None)
+    "The command without training, models or pictures: a list of the runs that were asked for. `fake.before` is called at each, with (method, seed)"
+    class Runs(list): before = staticmethod(lambda method, seed: None)
     runs = Runs()
     @wraps(cmp.one_run)
-    def one_run(data, eps, seed, **kwargs):
-        runs.append((data, eps, seed, kwargs))
-        runs.before(eps, seed)
-        return fake_run(eps, seed)
+    def one_run(data, eps, seed, prior=None, **kwargs):
+        runs.append((data, Method(eps, prior), seed, kwargs))
+        runs.before(Method(eps, prior), seed)
+        return fake_run(Method(eps, prior), seed)
     monkeypatch.setattr(cmp, 'one_run', one_run)
     monkeypatch.setattr(cmp, '_learner', lambda dls, *args: Learner(dls, nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), loss_func=CrossEntropyLossFlat()))
     monkeypatch.setattr('fastai_smooth.images.digits', lambda: few(400))
@@ -72,6 +72,11 @@ def refused(capsys, *args):
 
 def csvs(path): return {f.name: pd.read_csv(f).eps.tolist() for f in path.glob('*.csv')}
 
+def said(results, out):
+    "Is their table there, below an answer?"
+    text = table(results).to_string(index=False)
+    return text in out and re.search(r'(ith|ithout)\s+smoothing|smoothing\s+(raised|lowered|changed)', out[:out.index(text)])
+
 # --- runs
 
 class Witness(Callback):
@@ -82,24 +87,26 @@ class Witness(Callback):
     def before_batch(self): self.seen += [o.clone() for o in (*self.xb, *self.yb, torch.get_rng_state())]
 
 @pytest.mark.parametrize('options', [{}, dict(noise=.3, augment=True, workers=2)], ids=str)
-def test_runs_of_one_seed_are_pairs(monkeypatch, options):
-    "Weights, split, noise, order, augmentation and the state that dropout draws from: the same for two eps, not for two seeds; which leave ours alone"
+def test_runs_of_one_seed_share_all_that_is_random(monkeypatch, options):
+    "Weights, split, noise, order, augmentation and the state that dropout draws from: the same for all methods, not for two seeds; which leave ours alone"
     make, witnessed, before = cmp._learner, [], torch.get_rng_state()
     def learner(*args):
         witnessed.append([])
         return make(*args).add_cb(Witness(witnessed[-1]))
     monkeypatch.setattr(cmp, '_learner', learner)
-    runs = [one_run(few(), eps, seed, **TINY, **options) for eps, seed in ((0., 0), (.4, 0), (0., 0), (0., 1))]
-    a, b, _, c = witnessed
-    assert len(a) == len(b) == len(c) > 60 and all(map(torch.equal, a, b)) and not all(map(torch.equal, a, c)) and not torch.equal(a[0], c[0])
+    runs = [one_run(few(), eps, seed, prior=prior, **TINY, **options) for eps, seed, prior in ((0., 0, None), (.4, 0, None), (0., 0, None), (0., 1, None), (.7, 0, 'online'))]
+    assert [r['method'] for r in runs[::2]] == [Method(), Method(), Method(.7, 'online')]
+    a, b, _, c, online = witnessed
+    assert len(a) == len(b) == len(c) > 60 and all(map(torch.equal, a, b)) and all(map(torch.equal, a, online)) and not all(map(torch.equal, a, c)) and not torch.equal(a[0], c[0])
     assert (runs[0]['probs'] == runs[2]['probs']).all() and runs[0]['nll'] != runs[1]['nll'] and torch.equal(before, torch.get_rng_state())
     assert runs[3]['images'].tolist() == np.flatnonzero(split_valid(few().classes, 1)).tolist()
     assert runs[3]['targs'].tolist() == few().classes[runs[3]['images']].tolist()
 
 def test_eps_smooths_training_and_0_leaves_the_hard_loss():
     dls = get_dls(few(), seed=0, bs=8)
-    assert type(cmp._learner(dls, 0., 'squeezenet1_1', False).loss_func) is CrossEntropyLossFlat
-    loss, x, y = cmp._learner(dls, .3, 'squeezenet1_1', False).loss_func, torch.randn(5, 10, requires_grad=True), torch.tensor([0, 1, 2, 3, 4])
+    assert type(cmp._learner(dls, Method(), 'squeezenet1_1', False).loss_func) is CrossEntropyLossFlat
+    assert cmp._learner(dls, Method(.7, 'online'), 'squeezenet1_1', False).online_label_smoothing.eps == .7
+    loss, x, y = cmp._learner(dls, Method(.3), 'squeezenet1_1', False).loss_func, torch.randn(5, 10, requires_grad=True), torch.tensor([0, 1, 2, 3, 4])
     assert torch.allclose(loss(x, y), nn.functional.cross_entropy(x, y, label_smoothing=.3))
     with torch.no_grad(): assert torch.allclose(loss(x, y), nn.functional.cross_entropy(x, y))
 
@@ -132,8 +139,8 @@ def test_eps_is_chosen_on_training_images_alone(monkeypatch, recwarn):
     assert found.eps == .1 and not found.learnt # in an epoch on 128 images
     assert not [w for w in recwarn if 'pilot' in str(w.message)] # its words are for who calls it: the command prints the verdict
 
-@pytest.mark.parametrize('eps, expected', [(['auto'], [0, .123]), ([.3, 'auto'], [.3, .123]), ([.123, 0, 'auto'], [.123, 0])])
-def test_auto_is_compared_with_0(fake, monkeypatch, tmp_path, capsys, eps, expected):
+@pytest.mark.parametrize('eps, expected', [(['auto'], [0, .123]), ([.3, 'auto'], [.3, .123]), ([.123, 0, 'auto'], [.123, 0]), (['online', 'auto'], [.5, .123])])
+def test_auto_is_compared_with_none(fake, monkeypatch, tmp_path, capsys, eps, expected):
     "And it has seen no image that scores any seed: all validate on those that the pilot's seed holds out"
     def choose_eps(data, **kwargs):
         trained.update(i.tobytes() for i, v in zip(data.images, data.validation(0)) if not v)
@@ -162,12 +169,12 @@ def test_auto_for_real(photos, tmp_path, capsys):
 def test_options_arrive(fake, tmp_path):
     "From the shell, and from Python. Digits are trained with one thread"
     torch.set_num_threads(2)
-    args = '--eps 0 .3 --seeds 2 --noise .25 --epochs 7 --arch xresnet18 --bs 16 --size 24 --lr .01 --workers 1 --augment'
+    args = '--eps 0 .3 online:.7 --seeds 2 --noise .25 --epochs 7 --arch xresnet18 --bs 16 --size 24 --lr .01 --workers 1 --augment'
     assert run(*args.split(), '--out', tmp_path/'not'/'there'/'yet') == 0
-    assert [o[1:3] for o in fake] == [(0, 0), (.3, 0), (0, 1), (.3, 1)] and torch.get_num_threads() == 1
+    assert [o[1:3] for o in fake] == [(m, seed) for seed in range(2) for m in (Method(), Method(.3), Method(.7, 'online'))] and torch.get_num_threads() == 1
     assert all(o[3] == dict(noise=.25, epochs=7, arch='xresnet18', pretrained=False, bs=16, size=24, lr=.01, augment=True, workers=1, progress=False) for o in fake)
-    compare(eps=[.2], seeds=1, epochs=2, out=tmp_path/'python')
-    assert fake[-1][1:] == (.2, 0, dict(noise=0., epochs=2, arch='resnet18', pretrained=False, bs=64, size=24, lr=3e-3, augment=False, workers=0, progress=False))
+    compare(eps=[.2, 'online'], seeds=1, epochs=2, out=tmp_path/'python')
+    assert fake[-2][1] == Method(.2) and fake[-1][1:] == (Method(.5, 'online'), 0, dict(noise=0., epochs=2, arch='resnet18', pretrained=False, bs=64, size=24, lr=3e-3, augment=False, workers=0, progress=False))
 
 def test_a_batch_size_that_was_not_asked_for_fits(photos, fake, monkeypatch, tmp_path, capsys):
     "Ten images in each class: 16 to train on, 12 for a pilot; what was asked for is not changed"
@@ -187,7 +194,7 @@ def test_a_folder_of_that_name_is_told(fake, tmp_path, monkeypatch, capsys):
         assert ('give ./fashion\n' in capsys.readouterr().out) == (n == 10) and len(fake[-1][0].vocab) == n
 
 @pytest.mark.parametrize('args, words', [
-    ('--eps 0 .1 0', 'eps twice'), ('--bs 100000', '--bs 1438'), ('--bs 1', '--bs'), ('--arch resnet19', '--arch resnet19 resnet18'), ('--arch zzz', 'zzz resnet18 xresnet18'),
+    ('--eps 0 .1 0', 'eps twice'), ('--eps online .1 online:0.5', 'eps twice'), ('--bs 100000', '--bs 1438'), ('--bs 1', '--bs'), ('--arch resnet19', '--arch resnet19 resnet18'), ('--arch zzz', 'zzz resnet18 xresnet18'),
     ('--arch vit_b_32', 'vit_b_32'), ('--arch alexnet --size 16', 'alexnet 16'), ('--arch xresnet18 --pretrained', '--pretrained xresnet18'), ('--arch ResNet18', 'ResNet18'),
     ('--pretrained', '--pretrained weights'), ('--data fashion', '--root'), ('--data fashion --root nowhere', 'nowhere --download'), ('--root here', '--root'),
     ('--download', '--download'), ('--data nowhere', 'nowhere'), ('--out file', '--out file'), ('--out file/deeper', '--out file/deeper')])
@@ -211,7 +218,7 @@ def test_out_among_the_images(photos, fake, monkeypatch, capsys):
 # --- what is finished is kept, and nothing else is touched
 
 def stop_at(runs, seed, error):
-    def before(eps, s):
+    def before(method, s):
         if s == seed: raise error
     runs.before = before
 
@@ -219,19 +226,20 @@ def test_ctrl_c_and_errors_keep_what_is_finished(fake, tmp_path, capsys):
     stop_at(fake, 1, KeyboardInterrupt())
     assert run('--out', tmp_path/'a') == 130
     out, err = capsys.readouterr()
-    assert err == '\nfastai_smooth: interrupted, 2 of 6 runs are finished\n' and csvs(tmp_path/'a') == {'results.csv': [0, .1]} # a pair
-    assert table(pd.read_csv(tmp_path/'a'/'results.csv')).to_string(index=False) in out and (tmp_path/'a'/'reliability.png').exists()
+    assert err == '\nfastai_smooth: interrupted, 3 of 9 runs are finished\n' and csvs(tmp_path/'a') == {'results.csv': [0, .1, .5]} # one of each
+    assert said(pd.read_csv(tmp_path/'a'/'results.csv'), out) and (tmp_path/'a'/'reliability.png').exists()
     stop_at(fake, 2, RuntimeError('CUDA out of memory'))
     with pytest.raises(RuntimeError, match='out of memory'): run('--out', tmp_path/'b')
-    assert table(pd.read_csv(tmp_path/'b'/'results.csv')).to_string(index=False) in capsys.readouterr().out
+    assert said(pd.read_csv(tmp_path/'b'/'results.csv'), capsys.readouterr().out)
 
-@pytest.mark.parametrize('at', ['calibration_table', 'plot_reliability'])
+@pytest.mark.parametrize('at', ['answer', 'table', 'plot_reliability'])
 def test_ctrl_c_while_reporting(fake, tmp_path, monkeypatch, capsys, at):
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(cmp, at, interrupt)
     assert run('--out', tmp_path) == 130
     res = pd.read_csv(tmp_path/'results.csv')
-    assert len(res) == 6 and table(res).to_string(index=False) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(res) == 9 and ('mall to tell' in out.replace('\n', ' ')) == (at != 'answer') and (table(res).to_string(index=False) in out) == (at == 'plot_reliability')
     assert not list(tmp_path.glob('*.part')) and (tmp_path/'reliability.png').exists() == (at != 'plot_reliability')
 
 @pytest.mark.parametrize('where', ['one_run', 'load_images'])
@@ -247,73 +255,78 @@ def test_ctrl_c_with_nothing_finished(fake, tmp_path, monkeypatch, where):
 def test_results_are_on_disk_after_each_run(fake, tmp_path):
     "So that not even a power cut loses them; or a folder that is removed meanwhile"
     lines = []
-    fake.before = lambda eps, seed: lines.append(len((tmp_path/'results.csv').read_text().splitlines()))
-    assert run('--out', tmp_path, '--seeds', 2) == 0 and lines == [0, 2, 3, 4]
-    fake.before = lambda eps, seed: shutil.rmtree(tmp_path/'o')
-    assert run('--out', tmp_path/'o') == 0 and csvs(tmp_path/'o') == {'results.csv': [0, .1]*3} and (tmp_path/'o'/'reliability.png').exists()
+    fake.before = lambda method, seed: lines.append(len((tmp_path/'results.csv').read_text().splitlines()))
+    assert run('--out', tmp_path, '--eps', 0, .1, '--seeds', 2) == 0 and lines == [0, 2, 3, 4]
+    fake.before = lambda method, seed: shutil.rmtree(tmp_path/'o')
+    assert run('--out', tmp_path/'o') == 0 and csvs(tmp_path/'o') == {'results.csv': [0, .1, .5]*3} and (tmp_path/'o'/'reliability.png').exists()
 
 def no_space(self, file, **kwargs):
     Path(file).write_text('half of it')
     raise OSError(28, 'No space left on device')
 
 @pytest.mark.parametrize('what', ['csv', 'png', 'later'])
-def test_a_full_disk_is_one_line_below_the_tables(fake, tmp_path, monkeypatch, capsys, what):
+def test_a_full_disk_is_one_line_below_the_answer(fake, tmp_path, monkeypatch, capsys, what):
     "What was written before stays, and no empty file does"
-    if what == 'later': fake.before = lambda eps, seed: seed and monkeypatch.setattr(pd.DataFrame, 'to_csv', no_space)
+    if what == 'later': fake.before = lambda method, seed: seed and monkeypatch.setattr(pd.DataFrame, 'to_csv', no_space)
     else: monkeypatch.setattr(*((pd.DataFrame, 'to_csv') if what == 'csv' else (Figure, 'savefig')), no_space)
-    assert run('--out', tmp_path/'o') == 2
+    assert run('--eps', 0, .1, '--out', tmp_path/'o') == 2
     out, err = capsys.readouterr()
     assert re.fullmatch('fastai_smooth: --out [^\n]*No space left[^\n]*\n', err) and str(tmp_path/'o') in err and out.count("can't write results now") == dict(csv=6, png=0, later=4)[what]
-    expected = [fake_run(eps, seed) for seed in range(3) for eps in (0., .1)]
-    assert table(tidy(expected)).to_string(index=False) in out and 'nll after T' in out
+    assert said(tidy([fake_run(Method(eps), seed) for seed in range(3) for eps in (0., .1)]), out)
     if what == 'csv': assert not (tmp_path/'o').exists()
     else: assert csvs(tmp_path/'o') == {'results.csv': [0, .1]*(1 if what == 'later' else 3)} and len([*(tmp_path/'o').iterdir()]) == 1
 
 def test_out_that_is_no_good_is_told_before_training(fake, tmp_path, monkeypatch, capsys):
     "A results.csv of the user's own, a folder of that name, a disk that is full already"
-    for i, text in enumerate(['name,score\nme,1\n', 'eps,accuracy\n.1,.9\n', '\xff\xfe\0']):
+    for i, text in enumerate(['name,score\nme,1\n', 'eps,accuracy\n.1,.9\n', 'method,accuracy\nours,.9\n', '\xff\xfe\0']):
         (tmp_path/str(i)).mkdir()
         (tmp_path/str(i)/'results.csv').write_text(text, encoding='latin1')
         assert str(tmp_path/str(i)) in (err := refused(capsys, '--out', tmp_path/str(i))) and 'results.csv' in err
         assert (tmp_path/str(i)/'results.csv').read_text(encoding='latin1') == text
-    (tmp_path/'4'/'results.csv').mkdir(parents=True)
-    assert str(tmp_path/'4') in refused(capsys, '--out', tmp_path/'4')
+    (tmp_path/'dir'/'results.csv').mkdir(parents=True)
+    assert str(tmp_path/'dir') in refused(capsys, '--out', tmp_path/'dir')
     if Path('/dev/full').exists():
         monkeypatch.setattr('tempfile.TemporaryFile', lambda dir: open('/dev/full', 'wb'))
-        assert 'No space left' in refused(capsys, '--out', tmp_path/'5') and not (tmp_path/'5').exists()
+        assert 'No space left' in refused(capsys, '--out', tmp_path/'full') and not (tmp_path/'full').exists()
     assert not fake
 
 def test_earlier_results_stay(fake, tmp_path, capsys):
     "Those of another setting, of a command that runs at the same time, and a picture of the user's own"
     (tmp_path/'reliability-2.png').write_text('a picture')
+    old = 'eps,seed,accuracy,nll,confidence_gap,brier\n'
+    (tmp_path/'old').mkdir()
+    (tmp_path/'old'/'results.csv').write_text(old) # of an earlier version
+    assert run('--eps', 0, '--seeds', 1, '--out', tmp_path/'old') == 0 and (tmp_path/'old'/'results.csv').read_text() == old and (tmp_path/'old'/'results-2.csv').exists()
+    capsys.readouterr()
     for eps in .1, .2: assert run('--eps', eps, '--seeds', 1, '--out', tmp_path) == 0
-    fake.before = lambda eps, seed: (eps, seed) == (.3, 0) and run('--eps', .5, '--seeds', 1, '--out', tmp_path)
+    fake.before = lambda method, seed: (method.eps, seed) == (.3, 0) and run('--eps', .5, '--seeds', 1, '--out', tmp_path)
     assert run('--eps', .3, '--seeds', 2, '--out', tmp_path) == 0
     assert csvs(tmp_path) == {'results.csv': [.1], 'results-3.csv': [.2], 'results-4.csv': [.3, .3], 'results-5.csv': [.5]}
     assert (tmp_path/'reliability-2.png').read_text() == 'a picture' and (tmp_path/'reliability-3.png').exists()
     out = capsys.readouterr().out
-    assert out.endswith(f'In {tmp_path}: results-4.csv, reliability-4.png\n') and 'Add 0 to --eps' in out and 'vs 0' not in out
+    assert out.endswith(f'In {tmp_path}: results-4.csv, reliability-4.png\n') and 'add 0 to --eps' in out.replace('\n', ' ')
 
 # --- the real thing
 
 @pytest.mark.skipif(os.name == 'nt', reason='sends SIGINT')
 def test_from_end_to_end(photos, tmp_path, capsys):
-    "Through the shell until Ctrl-C, then its first two runs again in this process: the same to the bit"
-    args = ['--data', photos, '--eps', 0, .2, '--noise', .1, *TINY_ARGS]
+    "Through the shell until Ctrl-C, then its first three runs again in this process: the same to the bit"
+    args = ['--data', photos, '--eps', 0, .2, 'online', '--noise', .1, *TINY_ARGS]
     p = subprocess.Popen([sys.executable, '-m', 'fastai_smooth', *map(str, args), '--seeds', '5000', '--out', str(tmp_path/'a')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          text=True, encoding='utf-8', env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'},
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # ignored in the background, and by its children
     first = tmp_path/'a'/'results.csv'
-    while p.poll() is None and not (first.exists() and len(first.read_text().splitlines()) > 2): time.sleep(.1)
+    while p.poll() is None and not (first.exists() and len(first.read_text().splitlines()) > 3): time.sleep(.1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate()
-    assert p.returncode == 130 and re.fullmatch(r'\nfastai_smooth: interrupted, \d+ of 10000 runs are finished\n', err), err
+    assert p.returncode == 130 and re.fullmatch(r'\nfastai_smooth: interrupted, \d+ of 15000 runs are finished\n', err), err
     assert re.search(r'^\d+ training and \d+ validation images of 2 classes$', out, re.M)
-    assert re.search(r'^Run 2 of 10000: eps 0.2, seed 0\naccuracy \d\.\d{4}, nll \d+\.\d{4}$', out, re.M)
+    assert re.search(r'^Run 3 of 15000: online 0.5, seed 0\naccuracy \d\.\d{4}, nll \d+\.\d{4}$', out, re.M)
     assert not {'\r', '█'} & set(out) and 'Epoch' not in out # no progress bars in a file
     res = pd.read_csv(first)
-    assert list(res) == ['eps', 'seed', *METRICS, *(f'{o}{end}' for o in ('brier', 'ece', 'nll_after_t') for end in ('', '_low', '_high')), 'temperature']
-    assert table(res).to_string(index=False) in out and min(Image.open(tmp_path/'a'/'reliability.png').size) > 500
+    measures = 'accuracy', 'nll', 'brier', 'ece', 'nll_after_t', 'confidence_gap', 'aurc'
+    assert list(res) == ['method', 'eps', 'seed', *(f'{o}{end}' for o in measures for end in ('', '_low', '_high')), 'error_surest_half', 'temperature']
+    assert said(res, out) and min(Image.open(tmp_path/'a'/'reliability.png').size) > 500
     with mock.patch.object(sys.stdout, 'isatty', return_value=True): assert run('compare', *args, '--out', tmp_path/'b') == 0
     assert 'Epoch 1/1' in (out := capsys.readouterr().out) and 'train_loss' in out # fastai's progress
-    assert (tmp_path/'b'/'results.csv').read_text().splitlines() == first.read_text().splitlines()[:3]
+    assert (tmp_path/'b'/'results.csv').read_text().splitlines() == first.read_text().splitlines()[:4]
