@@ -241,6 +241,9 @@ def flip_labels(
     return np.where(flip, (classes+shift) % n_classes, classes)
 
 # %% ../nbs/18_images.ipynb #3f13b089
+class _Items(list): # fastai makes a text of all items, in which each pixel would be written out
+    def __repr__(self): return f'{len(self)} images'
+
 def get_dls(
     data:ImageSet, # What `digits`, `fashion` or `image_folder` gives
     seed:int, # Decides the split, where `data` has none, and the noise
@@ -257,4 +260,4 @@ def get_dls(
     block = DataBlock((image, CategoryBlock(data.vocab, sort=False)), get_x=ItemGetter(0), get_y=ItemGetter(1),
                       splitter=IndexSplitter(np.flatnonzero(valid)), item_tfms=Resize(size),
                       batch_tfms=aug_transforms() if augment else None)
-    return block.dataloaders(list(zip(data.images, [data.vocab[o] for o in classes])), bs=bs, num_workers=workers)
+    return block.dataloaders(_Items(zip(data.images, [data.vocab[o] for o in classes])), bs=bs, num_workers=workers)

@@ -19,7 +19,7 @@ from .predictions import RawPreds, raw_preds
 from .kernels.checks import check_whole
 from .losses import base_loss, untempered
 from .pilot import pilot
-from .scaling import best_temperature, cross_fitted, row_nll
+from .scaling import apply_temperature, best_temperature, cross_fitted, row_nll
 from .temperature import check_activation, temperature_of
 
 # %% ../nbs/15_interpret.ipynb #ff27fd2a
@@ -71,7 +71,7 @@ def draw_reliability(
 # %% ../nbs/15_interpret.ipynb #79d33a7b
 class CalibrationInterpretation(Interpretation):
     """How well the probabilities of a Learner are calibrated, as they come from the model, `raw`, and `after` a temperature, both shaped
-    like `logits`. Make one by `from_learner`. `temperature` is what `after` was divided by, `rows` says which predictions these are."""
+    like `logits`. Make one by `from_learner`. `temperature` is what was applied for `after`, `rows` says which predictions these are."""
     def __init__(self,
         learn:Learner, # Whose predictions these are
         dl:DataLoader, # Data that were predicted
@@ -83,7 +83,8 @@ class CalibrationInterpretation(Interpretation):
         self.items = preds.items(dl)
         self.multi = not self.of_classes and self.logits.ndim == 2
         self.temperature = temperature_of(learn) if self.fitted else best_temperature(self.logits, self.targs) or 1.
-        scaled = self.logits/torch.tensor(self.temperature, dtype=torch.double) if self.fitted else cross_fitted(self.logits, self.targs)
+        t = torch.tensor(self.temperature).double() if is_listy(self.temperature) else self.temperature
+        scaled = apply_temperature(self.logits, t) if self.fitted else cross_fitted(self.logits, self.targs)
         self.raw,self.after = ((o.softmax(1) if self.of_classes else o.sigmoid()) for o in (self.logits, scaled))
         vocab = L(getattr(dl, 'vocab', None))
         if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1])
@@ -96,7 +97,8 @@ class CalibrationInterpretation(Interpretation):
 
     @property
     def _titled(self): # {title: probabilities}
-        return {'raw':self.raw, 'after ' + ('T per label' if is_listy(self.temperature) else f'T={self.temperature:.2f}'):self.after}
+        t = 'T per label' if is_listy(self.temperature) else f'T={self.temperature:.2f}'
+        return {'raw':self.raw, f'after {t}{" of normalised logits" if hasattr(self.temperature, "p") else ""}':self.after}
 
 # %% ../nbs/15_interpret.ipynb #fromlern
 @patch(cls_method=True)

@@ -14,6 +14,7 @@ from .kernels import functional as K
 from .kernels.checks import (check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows,
                                           class_axis, warn)
 from .kernels.targets import Smoothing, along, label_axis
+from .scaling import apply_temperature
 
 # %% ../nbs/01_losses.ipynb #50675ff6
 def _as_text(v): # of a large tensor its shape
@@ -235,12 +236,15 @@ def loss_name(loss): # A function, a module or a fastai loss
 # %% ../nbs/01_losses.ipynb #tmpr0002
 @dataclass(eq=False, repr=False)
 class TemperedActivation:
-    "The activation of `loss`, of logits that are divided by `temperature` first (Guo et al. 2017, arXiv:1706.04599)."
+    "The activation of `loss`, of logits to which `temperature` is applied first (Guo et al. 2017, arXiv:1706.04599)."
     loss:Callable # The loss whose activation it is
     temperature:float|list # One number above 0, or one a label, along the axis that the labels of `loss` have
     interval:tuple|list=None # Of 95% for `temperature`: low, high; or a list of them
 
-    def __call__(self, x): return self.loss.activation(x / (self._of_labels(x) if isinstance(self.temperature, list) else self.temperature))
+    def __call__(self, x):
+        t = self._of_labels(x) if isinstance(self.temperature, list) else self.temperature
+        return self.loss.activation(apply_temperature(x, t, getattr(self.loss, 'axis', -1)))
+
     def _of_labels(self, x):
         t,axis = torch.as_tensor(self.temperature, dtype=x.dtype, device=x.device),label_axis_of(self.loss, x.ndim)
         k = 1 if axis is None else x.shape[axis]

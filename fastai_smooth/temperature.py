@@ -13,7 +13,7 @@ from .kernels.checks import warn
 from .losses import *
 from .predictions import raw_preds
 from .scaling import *
-from .scaling import fitted
+from .scaling import fitted_form
 from .smoothed import is_regression
 
 # %% ../nbs/14_temperature.ipynb #8ca73774
@@ -44,7 +44,8 @@ def _kept(learn, name, default): return getattr(getattr(base_loss(learn.loss_fun
 def temperature_of(
     learn:Learner, # Of which `fit_temperature` may have been called
 ) -> float|list: # Above 0
-    "What logits of `learn` are divided by on their way to probabilities: 1. without `fit_temperature`, a list where there is one a label."
+    """What logits of `learn` are divided by on their way to probabilities: 1. without `fit_temperature`, a list where there is one a label,
+    a `NormalizedTemperature` where they are normalised first."""
     return _kept(learn, 'temperature', 1.)
 
 def _has_temperature(learn): return any(t != 1 for t in L(temperature_of(learn)))
@@ -54,7 +55,7 @@ class TemperatureReminder(Callback):
     def before_fit(self):
         if self.learn.lock.locked() or self.learn._grab_cbs(LRFinder) or not _has_temperature(self.learn): return # locked: it only predicts
         t = temperature_of(self.learn)
-        warn(f'this Learner keeps the temperature {t if is_listy(t) else round(t, 3)} that was fitted before this training: call '
+        warn(f'this Learner keeps the temperature {round(t, 3) if type(t) is float else t} that was fitted before this training: call '
              'fit_temperature again afterwards, or reset_temperature')
 
 @patch(as_prop=True)
@@ -64,7 +65,8 @@ def temperature(self:Learner) -> float|list: # Above 0
 
 @patch(as_prop=True)
 def temperature_interval(self:Learner) -> tuple|list: # low, high; a list of them where there is one a label
-    "The 95% interval of the temperature that `fit_temperature` found, None without one; or what others have set by that name."
+    """The 95% interval of the temperature that `fit_temperature` found, for normalised logits of theirs; None without one; or what others
+    have set by that name."""
     return vars(self).get('temperature_interval', _kept(self, 'interval', None))
 
 def _settable(name):
@@ -76,21 +78,32 @@ def _settable(name):
 for o in ('temperature','temperature_interval'): _settable(o)
 
 # %% ../nbs/14_temperature.ipynb #fittedts
+def _which_form(fit):
+    "What was compared, or nothing"
+    if not (o := fit.compared): return ''
+    if isinstance(fit.best, NormalizedTemperature): return f'; cross-fitted NLL {o.normalized:.4f}, and {o.plain:.4f} without normalising'
+    chance = ', which may be chance' if o.normalized < o.plain else ''
+    return f'; cross-fitted NLL {o.plain:.4f}, and {o.normalized:.4f} of normalised logits{chance}'
+
 def _what_was_found(fits, n):
     "In a sentence"
     moved = [o.used for o in fits if o.used != 1]
     if len(fits) > 1:
         others = f'; the others have T from {min(moved):.3g} to {max(moved):.3g}' if moved else ''
         return f'T stays 1 for {len(fits)-len(moved)} of {len(fits)} labels, where its 95% interval holds 1{others}'
-    found = 'T={:.3g}, with a 95% interval from {:.3g} to {:.3g}'.format(fits[0].best, *fits[0].interval)
-    return f'{found}, from {n} predictions' if moved else f'T stays 1: the best for {n} predictions is {found}, which holds 1'
+    t = fits[0].best
+    found = 'T={:.3g}, with a 95% interval from {:.3g} to {:.3g}'.format(t, *fits[0].interval)
+    if isinstance(t, NormalizedTemperature): found = f'{t}: {found}'
+    found = f'{found}, from {n} predictions' if moved else f'T stays 1: the best for {n} predictions is {found}, which holds 1'
+    return found + _which_form(fits[0])
 
 def _knows_nothing(logits, targs, fits, least):
     "Is the NLL, with the best temperatures, not even a share `least` below that of the frequencies of the labels?"
     (logits,targs),entropy = check_logits(logits, targs),torch.special.entr
     if targs.ndim < logits.ndim: chance = entropy(targs.bincount(minlength=logits.shape[1])/len(targs)).sum()
     else: chance = (entropy(targs.mean(0)) + entropy(1-targs.mean(0))).mean()
-    return row_nll(logits/tensor([o.best for o in fits]).double(), targs).mean() > (1-least)*chance.item()
+    best = fits[0].best if len(fits) == 1 else tensor([o.best for o in fits]).double()
+    return row_nll(apply_temperature(logits, best), targs).mean() > (1-least)*chance.item()
 
 def _warn_of_data(learn, dl, preds, fits):
     missing = [str(i) for i,o in enumerate(fits) if o.best is None]
@@ -109,6 +122,7 @@ def fit_temperature(self:Learner,
     ds_idx:int=1, # Index of `dls` when `dl` is None: the validation data
     dl:DataLoader=None, # Data to fit T to: not training data
     per_label:bool=False, # Multi-label: one T a label, for which each must have been seen often
+    normalize:bool=None, # Three classes or more: normalise logits first (None: where that is better, by more than chance)
 ) -> Learner: # self
     """Fits the temperature T by which logits are divided on their way to probabilities: `get_preds`, `predict`, `tta`, `show_results`
     and exported Learners give calibrated ones. Decisions, by argmax or a threshold of .5, don't change, nor do losses and training.
@@ -116,7 +130,12 @@ def fit_temperature(self:Learner,
     Prints T and its 95% interval, `learn.temperature_interval`, but for a Learner with `no_logging`. Where it holds 1, as that of too
     few data does, T stays 1. On the data it is fitted to, NLL is never worse than before. Where there is no best T, such as where every
     row is right, warns and leaves T=1; warns of training data, and of a model that knows nothing. Labels that are wrong ask for too much
-    modesty: fit T to clean ones where there are any. Guo et al. 2017 (arXiv:1706.04599)."""
+    modesty: fit T to clean ones where there are any. Guo et al. 2017 (arXiv:1706.04599).
+
+    Of normalised logits, (x - mean x) / |x - mean x|_p of each row, T is a `NormalizedTemperature`. They are taken where their cross-fitted
+    NLL is smaller, and the 95% interval of the difference excludes 0. `normalize=True` insists, unless they are worse than T=1 on these
+    data; it is a ValueError for two classes and for labels. Cattelan & Silva 2024 (arXiv:2305.15508)."""
+    if normalize not in (None, True, False): raise ValueError(f'normalize must be True, False or None, got {normalize!r}')
     loss = untempered(base_loss(self.loss_func))
     check_activation(loss)
     preds = raw_preds(self, ds_idx, dl)
@@ -124,14 +143,18 @@ def fit_temperature(self:Learner,
     if per_label and preds.targs.ndim < 2: raise ValueError('per_label=True is for multi-label targets')
     if dl is None: dl = self.dls[ds_idx]
     items = preds.items(dl)
-    fits = [fitted(*o, items) for o in (zip(preds.logits.T, preds.targs.T) if per_label else [preds[:2]])]
+    rows = zip(preds.logits.T, preds.targs.T) if per_label else [preds[:2]]
+    fits = [fitted_form(*o, items, normalize) for o in rows]
     ts,intervals = [o.used for o in fits],[o.interval for o in fits]
     set_loss(self, tempered(base_loss(self.loss_func), *((ts,intervals) if per_label else (ts[0],intervals[0]))))
+    if normalize and not isinstance(ts[0], NormalizedTemperature):
+        warn('normalised logits are no better than T=1 on these data, at any temperature: they stay as they are')
     _warn_of_data(self, dl, preds, fits)
     if self.logger is not noop and None not in intervals and not rank_distrib(): print(_what_was_found(fits, len(preds.logits)))
     self.remove_cb(TemperatureReminder)
     return self.add_cb(TemperatureReminder()) if _has_temperature(self) else self
 
+# %% ../nbs/14_temperature.ipynb #resettmp
 @patch
 def reset_temperature(self:Learner) -> Learner: # self
     "Back to T=1: the loss that `fit_temperature` found is back, the very object, as it was then."

@@ -1,6 +1,7 @@
 "Learners that predict given logits, which labels are drawn from: what is right for them is known without a training."
 from helpers import *
 import tempfile, warnings
+from scipy.optimize import minimize_scalar
 
 def near(a, b, atol=1e-6): np.testing.assert_allclose(np.asarray(a, dtype=float), np.asarray(b, dtype=float), rtol=0, atol=atol)
 
@@ -11,6 +12,44 @@ def drawn(n, k, t=1., scale=3., seed=0, multi=False, eta=0.):
     if multi: y, other = torch.bernoulli((z/t).sigmoid(), generator=g), torch.randint(2, z.shape, generator=g).double()
     else: y, other = torch.multinomial((z/t).softmax(1), 1, generator=g)[:, 0], torch.randint(k, (n,), generator=g)
     return z, torch.where(torch.rand(y.shape, generator=g) < eta, other, y)
+
+def drawn_pixels(n, m, seed):
+    "m pixels of each of n images, alike, with the luck of the image: labels of softmax(z/2)"
+    g = torch.Generator().manual_seed(seed)
+    z = 3*torch.randn(n, 1, 4, generator=g, dtype=torch.float64) + torch.randn(n, m, 4, generator=g, dtype=torch.float64)
+    y = torch.searchsorted((z/2).softmax(2).cumsum(2), torch.rand(n, 1, 1, generator=g, dtype=torch.float64).expand(n, m, 1)).clamp(max=3)
+    return z.reshape(-1, 4), y.flatten(), torch.arange(n).repeat_interleave(m)
+
+def drawn_by_shape(n, k, spread=1., seed=0):
+    "Logits (n,k) whose size, of each row another by `spread`, says nothing: labels of softmax(6*u), u with a norm of 1"
+    g = torch.Generator().manual_seed(seed)
+    u = torch.randn(n, k, generator=g, dtype=torch.float64)
+    u = (u - u.mean(1, keepdim=True)) / (u - u.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
+    y = torch.multinomial((6*u).softmax(1), 1, generator=g)[:, 0]
+    return 5*u*(spread*torch.randn(n, 1, generator=g, dtype=torch.float64)).exp() + torch.randn(n, 1, generator=g, dtype=torch.float64), y
+
+def normalized(z, p):
+    "(x - mean x) / |x - mean x|_p of each row x of (n,k), in numpy; what is -inf stays and counts for nothing"
+    rows = np.array(z, dtype=np.float64)
+    for row in rows:
+        x = row[row > -np.inf]
+        size = (np.abs(x - x.mean())**p).sum()**(1/p)
+        row[row > -np.inf] = (x - x.mean())/size if size else 0.
+    return torch.tensor(rows)
+
+def mean_nll(z, y):
+    "In numpy: of classes, labels or events"
+    z, y = np.asarray(z, dtype=np.float64), np.asarray(y)
+    if z.shape == y.shape: return np.mean(np.logaddexp(0, -np.where(y == 1, z, -z)))
+    top = z.max(1, keepdims=True)
+    return np.mean(top[:, 0] + np.log(np.exp(z-top).sum(1)) - z[np.arange(len(y)), y])
+
+def best_by_search(z, y):
+    "T with the least `mean_nll`: of a dense grid, polished"
+    def f(log_t): return mean_nll(np.asarray(z, dtype=np.float64)/math.exp(log_t), y)
+    grid = np.linspace(math.log(1e-3), math.log(1e3), 200)
+    i = int(np.argmin([f(o) for o in grid]))
+    return math.exp(minimize_scalar(f, bounds=(grid[max(0, i-1)], grid[min(199, i+1)]), method='bounded', options=dict(xatol=1e-10)).x)
 
 class Given(nn.Module):
     "Gives logits as they are, times a parameter of 1"

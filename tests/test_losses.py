@@ -1,5 +1,6 @@
 "The modules and fastai losses: against the float64 reference in random settings, fastai's and PyTorch's own losses, and numbers worked by hand."
 import copy, pickle, warnings
+from functools import partial
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from fastai_smooth import losses
 from fastai_smooth.kernels import checks
 from fastai_smooth.losses import *
 from fastai_smooth.losses import given_axis, label_axis_of
+from fastai_smooth.scaling import NormalizedTemperature, apply_temperature
 from reference import REDUCTIONS, distance, loss_and_grad, sigmoid_reference, softmax_reference
 
 SOFTMAX = [LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat]
@@ -387,6 +389,16 @@ def test_tempered_changes_a_copy(make):
     close(warm(X, HOT if 'BCE' in type(loss).__name__ else INDEX), loss(X, HOT if 'BCE' in type(loss).__name__ else INDEX))
     close(pickle.loads(pickle.dumps(warm)).activation(X), warm.activation(X))
     assert tempered(warm, 1.) is loss and tempered(loss, 1., (.9, 1.1)) is not loss
+
+@pytest.mark.parametrize('make, axis', [(LabelSmoothingCrossEntropy, 1), (LabelSmoothingCrossEntropyFlat, -1), (theirs.CrossEntropyLossFlat, -1),
+                                        (partial(theirs.CrossEntropyLossFlat, axis=1), 1), (partial(LabelSmoothingCrossEntropyFlat, axis=1), 1)])
+def test_a_temperature_of_normalised_logits(make, axis):
+    "along the class axis of the loss; T=1 is one, too"
+    x, t = torch.randn(2, 4, 3, 5), NormalizedTemperature(1, 3)
+    warm = tempered(loss := make(), t)
+    assert untempered(warm) is loss and warm.activation.temperature is t
+    close(warm.activation(x), loss.activation(apply_temperature(x, t, axis)))
+    close(pickle.loads(pickle.dumps(warm)).activation(x), warm.activation(x))
 
 @pytest.mark.parametrize('shape,axis,at', [((4, 3), None, 1), ((2, 3, 4, 5), None, 1), ((2, 5, 3), -1, 2)])
 def test_a_temperature_of_each_label(shape, axis, at):

@@ -1,10 +1,9 @@
-"One number that mends confidence, fitted after training: SPEC section 6."
+"The temperature of a Learner, fitted after training: SPEC section 6."
 import math, pickle, re, subprocess, sys, warnings
 
 import fuzz, pytest
 from fuzz import Row
-from hypothesis import given as drawing, settings, strategies as st
-from scipy.optimize import minimize_scalar
+from hypothesis import strategies as st
 from given import *
 from fastai.callback.mixup import MixUp
 
@@ -14,169 +13,9 @@ from fastai_smooth.temperature import *
 from fastai_smooth.scaling import *
 from fastai_smooth.scaling import fitted
 
-examples = partial(settings, deadline=None, derandomize=True)
-D, INF = torch.float64, math.inf
-
 def same(a, b):
     a, b = (torch.as_tensor(o).detach().as_subclass(Tensor) for o in (a, b))
     assert a.dtype == b.dtype and torch.equal(a, b)
-
-def mean_nll(z, y):
-    "In numpy: of classes, labels or events"
-    z, y = np.asarray(z, dtype=np.float64), np.asarray(y)
-    if z.shape == y.shape: return np.mean(np.logaddexp(0, -np.where(y == 1, z, -z)))
-    top = z.max(1, keepdims=True)
-    return np.mean(top[:, 0] + np.log(np.exp(z-top).sum(1)) - z[np.arange(len(y)), y])
-
-def best_by_search(z, y):
-    "T of a dense grid, polished"
-    def f(log_t): return mean_nll(np.asarray(z, dtype=np.float64)/math.exp(log_t), y)
-    grid = np.linspace(math.log(1e-3), math.log(1e3), 200)
-    i = int(np.argmin([f(o) for o in grid]))
-    return math.exp(minimize_scalar(f, bounds=(grid[max(0, i-1)], grid[min(199, i+1)]), method='bounded', options=dict(xatol=1e-10)).x)
-
-KINDS = dict(classes=(5, False), labels=(4, True), events=(0, True))
-kinds = pytest.mark.parametrize('kind', KINDS)
-def of_kind(kind, n=400, **kwargs): return drawn(n, KINDS[kind][0], multi=KINDS[kind][1], **kwargs)
-
-# ---------------------------------------------------------------- best_temperature
-
-@kinds
-@drawing(seed=st.integers(0, 10**6), log_t=st.floats(-2, 2), log_scale=st.floats(-2, 3), n=st.integers(30, 120))
-@examples(max_examples=8)
-def test_best_temperature_is_the_minimum_of_the_nll(kind, seed, log_t, log_scale, n):
-    z, y = of_kind(kind, n=n, t=math.exp(log_t), scale=math.exp(log_scale), seed=seed)
-    t = best_temperature(z, y)
-    if t is None: return
-    expected = best_by_search(z, y)
-    assert mean_nll(z/t, y) <= mean_nll(z/expected, y) + 1e-9
-    if expected < 100: near(math.log(t), math.log(expected), 1e-4)
-    for c in 1e-2, 400., 1e4: near(best_temperature(z*c, y)/c/t, 1, 1e-6)
-
-@drawing(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=3, max_size=3), min_size=1, max_size=8), st.integers(0, 3**8), st.booleans())
-@examples(max_examples=40)
-def test_never_worse_than_no_temperature(rows, code, multi):
-    "whatever the rows are, ever so few"
-    z, y = torch.tensor(rows, dtype=D), torch.tensor([code // 3**i % 3 for i in range(len(rows))])
-    if multi: y = F.one_hot(y, 3)
-    t = best_temperature(z, y)
-    if t is not None: assert 0 < t < INF and mean_nll(z/t, y) <= mean_nll(z, y) + 1e-12
-
-def test_none_where_there_is_no_best_one():
-    "every row right; nothing told; worse than chance; not finite"
-    z, y = drawn(50, 4)
-    for logits, targs in (z, z.argmax(1)), (z, (z > 0).double()), (z[:, 0], (z[:, 0] > 0).double()), (torch.zeros(50, 4), y), (torch.ones(50, 4), y), (z, z.argmin(1)), (-z, (z > 0).double()):
-        assert best_temperature(logits, targs) is temperature_interval(logits, targs) is None
-    for bad in math.nan, INF:
-        z[3, 2] = bad
-        assert best_temperature(z, y) is best_temperature(z, F.one_hot(y, 4)) is None
-
-def test_rows_that_tell_nothing_have_no_say():
-    "be they most of all"
-    z, y = drawn(100, 3, t=2.)
-    near(best_temperature(torch.cat([0*z, z, 0*z]), y.repeat(3)), best_temperature(z, y))
-
-def test_masked_classes_are_left_out():
-    "-inf, as softmax has it, or so low that they have no rows"
-    z, y = drawn(400, 3, t=2.)
-    for low in -INF, -300.:
-        wide = torch.cat([z, torch.full((400, 2), low, dtype=D)], 1)
-        near([best_temperature(wide, y), best_temperature(wide.flip(1), 4-y)], best_temperature(z, y), 1e-9)
-
-def test_masked_labels_are_left_out():
-    "at -inf, a label that is not there costs nothing; one that is costs inf at any temperature: there is no best one"
-    z, y = drawn(300, 3, t=2.5, multi=True)
-    masked, absent = torch.cat([z, torch.full_like(z[:, :1], -INF)], 1), torch.cat([y, torch.zeros(300, 1)], 1)
-    near(row_nll(masked, absent), row_nll(z, y)*3/4, 1e-9)
-    near(best_temperature(masked, absent), best_temperature(z, y), 1e-6)
-    near(temperature_interval(masked, absent), temperature_interval(z, y), 1e-3)
-    absent[0, 3] = 1
-    assert row_nll(masked, absent)[0] == INF and best_temperature(masked, absent) is temperature_interval(masked, absent) is None
-    assert row_nll(z, torch.full_like(y, math.nan)).isnan().all()
-
-# ---------------------------------------------------------------- temperature_interval
-
-@kinds
-@pytest.mark.parametrize('n, t', [(12, 1.), (200, 2.)])
-def test_interval_of_the_likelihood_ratio(kind, n, t):
-    "all T with a NLL less than 1.92/N above the best one's, as a dense grid in numpy has them; of labels, each an interval of its own"
-    z, y = of_kind(kind, n=n, t=t)
-    for z, y in zip(z.T, y.T) if kind == 'labels' else [(z, y)]:
-        grid = np.exp(np.linspace(math.log(.02), math.log(50), 2001))
-        values = np.array([mean_nll(z/t, y) for t in grid])
-        inside = grid[values < values.min() + 1.9207/n]
-        near(np.log(temperature_interval(z, y)), np.log(inside[[0, -1]]), 6e-3)
-
-def test_ends_that_the_data_do_not_limit():
-    "two rows, one of them right: any T above some; one image says nothing of others"
-    low, high = temperature_interval(tensor([[3., 0.], [2.5, 0.]]), tensor([0, 1]))
-    assert 0 < low < 1 and high == INF
-    z, y, _ = drawn_pixels(1, 50, 0)
-    y[::3] = (y[::3]+1) % 4
-    assert temperature_interval(z, y, torch.zeros(50)) == (0., INF)
-
-def drawn_labels(n, k, seed, together):
-    "Labels of sigmoid(z/2), those of a row all with the same luck or each with its own"
-    g = torch.Generator().manual_seed(seed)
-    z, luck = 3*torch.randn(n, k, generator=g, dtype=D), torch.rand(n, 1 if together else k, generator=g, dtype=D)
-    return z, (luck < (z/2).sigmoid()).double()
-
-def drawn_pixels(n, m, seed):
-    "m pixels of each of n images, alike, with the luck of the image: labels of softmax(z/2)"
-    g = torch.Generator().manual_seed(seed)
-    z = 3*torch.randn(n, 1, 4, generator=g, dtype=D) + torch.randn(n, m, 4, generator=g, dtype=D)
-    y = torch.searchsorted((z/2).softmax(2).cumsum(2), torch.rand(n, 1, 1, generator=g, dtype=D).expand(n, m, 1)).clamp(max=3)
-    return z.reshape(-1, 4), y.flatten(), torch.arange(n).repeat_interleave(m)
-
-COVERED = dict(rows=lambda i: drawn(30, 5, t=2., seed=i), labels=lambda i: drawn_labels(100, 5, i, False),
-               labels_together=lambda i: drawn_labels(40, 10, i, True), pixels=lambda i: drawn_pixels(50, 20, i))
-
-@pytest.mark.parametrize('n, least', [(25, 20), pytest.param(100, 86, marks=pytest.mark.long)])
-@pytest.mark.parametrize('name', COVERED)
-def test_intervals_hold_the_truth(name, n, least):
-    "2, in 95% of draws: fewer than 86 of 100, or 20 of 25, has probability .0004 or .0012"
-    found = [temperature_interval(*COVERED[name](i)) for i in range(n)]
-    assert sum(o is None or o[0] <= 2 <= o[1] for o in found) >= least
-
-def test_rows_that_are_copies_count_once():
-    "their interval is as wide as that of the rows"
-    (z, y), n = drawn(1000, 4, t=2.), 1000
-    copies = z.repeat(3, 1), y.repeat(3), torch.arange(n).repeat(3)
-    near(np.log(temperature_interval(*copies)), np.log(temperature_interval(z, y)), .01)
-    assert temperature_interval(*copies[:2])[0] > temperature_interval(z, y)[0] + .03
-
-@pytest.mark.parametrize('n, before, after', [(5, .3, .1), (20, .1, .11), (200, 0., .01)])
-def test_few_rows_do_no_harm(n, before, after):
-    "calibrated logits of 10 classes: the share of fits that cost more than .05 nats on new rows, with the best T and with the one that is used"
-    (new_z, new_y), cost = drawn(2000, 10, seed=10**6), []
-    for seed in range(50):
-        fit = fitted(*drawn(n, 10, seed=seed))
-        cost.append([mean_nll(new_z/t, new_y) - mean_nll(new_z, new_y) > .05 for t in (fit.best or 1., fit.used)])
-    best, used = np.mean(cost, axis=0)
-    assert best >= before and used <= after
-
-# ---------------------------------------------------------------- cross_fitted
-
-@kinds
-def test_each_row_is_divided_by_a_temperature_of_other_rows(kind):
-    "rows with the same T are a fold, the same ones each time, and T is the best of all others; random states are left alone"
-    (z, y), rng = of_kind(kind, n=103, t=3.), torch.get_rng_state()
-    ts = (z/cross_fitted(z, y)).view(103, -1)[:, 0]
-    folds = [((ts-t).abs() < 1e-7).nonzero()[:, 0] for t in {round(t, 7) for t in ts.tolist()}]
-    assert len(folds) == 5 and sum(map(len, folds)) == 103 and max(map(len, folds)) <= 21
-    for idx in folds:
-        others = torch.ones(103, dtype=torch.bool)
-        others[idx] = False
-        near(ts[idx], best_by_search(z[others], y[others]), 1e-4)
-    same(torch.get_rng_state(), rng), same(cross_fitted(z, y), cross_fitted(z, y))
-    assert not torch.equal(cross_fitted(z, y), cross_fitted(z, y, seed=1))
-
-@pytest.mark.parametrize('n', [1, 2, 3, 6])
-def test_fewer_rows_than_folds(n):
-    z, y = drawn(n, 3)
-    res = cross_fitted(z, y)
-    assert res.shape == z.shape and res.isfinite().all() and (z/res > 0).all()
-    same(cross_fitted(z, z.argmax(1)), z)   # nothing can be fitted
 
 # ---------------------------------------------------------------- Learners
 
@@ -262,7 +101,11 @@ def printed(capsys, learn, **kwargs):
 
 def test_it_says_how_sure_it_is(capsys):
     learn = single()
-    assert re.fullmatch(r'T=1.9\d, with a 95% interval from 1.[67]\d* to 2.[23]\d*, from 300 predictions\n', printed(capsys, learn))
+    found = re.fullmatch(r'T=1.9\d, with a 95% interval from 1.[67]\d* to 2.[23]\d*, from 300 predictions(; .*)?\n', printed(capsys, learn))
+    z, y = valid_logits(learn)
+    plain, normalised = (f'{row_nll(cross_fitted(z, y, normalize=o), y).mean():.4f}' for o in (False, True))
+    assert float(plain) < float(normalised) and found[1] == f'; cross-fitted NLL {plain}, and {normalised} of normalised logits'
+    assert re.fullmatch(r'T=1.9.*, from 300 predictions\n', printed(capsys, learn, normalize=False))   # nothing was compared
     with learn.no_logging(): learn.fit_temperature()
     assert not capsys.readouterr().out
 
@@ -272,7 +115,7 @@ def test_it_stays_1_where_the_interval_holds_1(capsys):
     assert abs(best_temperature(z, y) - 1) > .1
     learn = given(z, y)
     probs, loss = learn.get_preds()[0], learn.loss_func
-    assert re.fullmatch(r'T stays 1: the best for 20 predictions is T=\S+, with a 95% interval from \S+ to \S+, which holds 1\n', printed(capsys, learn))
+    assert re.fullmatch(r'T stays 1: the best for 20 predictions is T=\S+, with a 95% interval from \S+ to \S+, which holds 1; cross-fitted .*\n', printed(capsys, learn))
     assert learn.temperature == 1. and not has_reminder(learn)
     near(learn.temperature_interval, temperature_interval(z, y), 1e-4)
     same(learn.get_preds()[0], probs)
@@ -299,6 +142,81 @@ def test_where_there_is_none_it_warns_and_keeps_one(make):
     learn = given(z, torch.cat([y[:, :2], (z[:, 2:] > 0).float()], 1), loss)
     with pytest.warns(UserWarning, match='of label 2: T=1'): learn.fit_temperature(per_label=True)
     assert learn.temperature[2] == 1. and learn.temperature[0] > 1
+
+# ---------------------------------------------------------------- normalised logits
+
+def by_shape(loss=None, n=400, **kwargs): return given(*drawn_by_shape(n, 5), loss, **kwargs)
+def normalised_probs(learn, z): return (normalized(z, learn.temperature.p)/float(learn.temperature)).softmax(1)
+
+@pytest.mark.parametrize('loss', [None, LabelSmoothingCrossEntropyFlat(.2), LabelSmoothingCrossEntropy(.2)], ids=['fastai', 'flat', 'module'])
+def test_logits_are_normalised_where_their_size_says_nothing(loss):
+    "decisions and losses don't change, and reset puts the very object back"
+    learn = by_shape(loss)
+    loss, cbs, before, validated = learn.loss_func, list(learn.cbs), learn.get_preds(with_decoded=True, with_loss=True), learn.validate()
+    assert learn.fit_temperature() is learn and has_reminder(learn)
+    (z, y), t = valid_logits(learn), learn.temperature
+    assert isinstance(t, NormalizedTemperature)
+    near(math.log(t), math.log(best_by_search(normalized(z, t.p), y)), 1e-4), near(learn.temperature_interval, temperature_interval(normalized(z, t.p), y), 1e-4)
+    after = learn.get_preds(with_decoded=True, with_loss=True)
+    near(after[0], normalised_probs(learn, z), 1e-5), same(after[2], before[2]), same(after[3], before[3])
+    assert learn.validate() == validated and learn.fit_temperature().temperature == t   # again: of raw logits
+    assert learn.reset_temperature().loss_func is loss and list(learn.cbs) == cbs and learn.temperature == 1.
+    same(learn.get_preds()[0], before[0])
+
+def test_the_form_that_was_asked_for():
+    learn = by_shape().fit_temperature(normalize=False)
+    assert type(learn.temperature) is float
+    check_calibrated(learn, learn.temperature)
+    learn = single().fit_temperature(normalize=True)
+    near(learn.get_preds()[0], normalised_probs(learn, valid_logits(learn)[0]), 1e-5)
+    assert type(learn.fit_temperature().temperature) is float
+
+def test_it_says_which_form_and_why(capsys):
+    learn = by_shape()
+    said, (z, y) = printed(capsys, learn), valid_logits(learn)
+    plain, normalised = (row_nll(cross_fitted(z, y, normalize=o), y).mean() for o in (False, True))
+    t, (low, high) = learn.temperature, learn.temperature_interval
+    assert said == (f'{t}: T={t:.3g}, with a 95% interval from {low:.3g} to {high:.3g}, from 400 predictions; cross-fitted NLL {normalised:.4f}, and {plain:.4f} without '
+                    'normalising\n')
+    assert str(t).startswith('softmax(') and f'keeps the temperature {t} that was' in said_by(lambda: learn.fit(1, lr=0.))[0]
+    gain_by_chance = given(*drawn_by_shape(60, 5, spread=.3))
+    assert printed(capsys, gain_by_chance).endswith(' of normalised logits, which may be chance\n') and type(gain_by_chance.temperature) is float
+
+def test_normalised_where_that_is_worse_warns():
+    "and the plain form takes its place"
+    z = drawn(300, 5)[0]*torch.where(torch.arange(300) % 2 == 0, .01, 3.)[:, None]
+    learn = given(z, torch.multinomial((z/1.2).softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0])
+    message, = said_by(lambda: learn.fit_temperature(normalize=True))
+    assert 'no better than T=1' in message
+    check_calibrated(learn, learn.temperature)
+
+def test_masks_are_normalised_along_their_classes():
+    "pixels of an image together, those to be ignored left out"
+    z, y = drawn_by_shape(40*16, 4)
+    y[::7] = VOID
+    x = z.view(40, 4, 4, 4).movedim(-1, 1)
+    for axis in 1, -3:
+        learn = given(x, y.view(40, 4, 4), CrossEntropyLossFlat(axis=axis, ignore_index=VOID)).fit_temperature()
+        t, keep = learn.temperature, y != VOID
+        near(math.log(t), math.log(best_by_search(normalized(z[keep], t.p), y[keep])), 1e-4)
+        near(learn.temperature_interval, temperature_interval(normalized(z, t.p)[keep], y[keep], torch.arange(40).repeat_interleave(16)[keep]), 1e-4)
+        near(learn.get_preds()[0].movedim(1, -1).reshape(-1, 4), normalised_probs(learn, z), 1e-5)
+
+def test_smoothing_carries_a_normalised_temperature():
+    learn = by_shape()
+    loss, t, probs = learn.loss_func, learn.fit_temperature().temperature, learn.get_preds()[0]
+    interval = learn.temperature_interval
+    for f in learn.to_smooth, learn.to_hard:
+        assert f().temperature == t and learn.temperature_interval == interval
+        same(learn.get_preds()[0], probs)
+    learn.loss_func = pickle.loads(pickle.dumps(learn.loss_func))
+    assert learn.temperature == t and isinstance(learn.temperature, NormalizedTemperature)
+    assert by_shape().fit_temperature().reset_temperature().temperature == 1.
+
+def test_it_is_interpreted_as_it_predicts():
+    interp = CalibrationInterpretation.from_learner(learn := by_shape().fit_temperature())
+    near(interp.after, learn.get_preds()[0], 1e-5), near(interp.raw, valid_logits(learn)[0].softmax(1), 1e-6)
+    assert interp.temperature == learn.temperature and [*interp._titled] == ['raw', f'after T={learn.temperature:.2f} of normalised logits']
 
 # ---------------------------------------------------------------- shapes of output
 
@@ -424,6 +342,10 @@ REFUSED = dict(
     judged=(lambda: given(*[torch.randn(80, 1)]*2, MSELossFlat()), CalibrationInterpretation.from_learner, TypeError, 'MSELoss is for regression'),
     other=(lambda: single(OtherActivation()), Learner.fit_temperature, TypeError, 'the activation of OtherActivation is not softmax'),
     classes=(single, lambda o: o.fit_temperature(per_label=True), ValueError, 'per_label'),
+    two=(lambda: given(*drawn(60, 2)), lambda o: o.fit_temperature(normalize=True), ValueError, 'all rows of 2 are the same'),
+    normalised_labels=(multi, lambda o: o.fit_temperature(normalize=True), ValueError, 'labels tell nothing'),
+    normalised_per_label=(multi, lambda o: o.fit_temperature(per_label=True, normalize=True), ValueError, 'labels tell nothing'),
+    normalised_events=(lambda: given(*drawn(60, 0, multi=True)), lambda o: o.fit_temperature(normalize=True), ValueError, 'labels tell nothing'),
     no_targets=(single, fitted_to([(torch.ones(4),)]*9), ValueError, 'target'), ignored=(single, fitted_to([(torch.ones(4), tensor(-100))]*9), ValueError, 'target'),
     empty=(single, fitted_to([]), ValueError, 'no predictions'))
 
@@ -516,7 +438,7 @@ def look(name):
         learn.to_hard()
     learn.reset_temperature()
     return t, fitted, probs(learn), type(learn.loss_func).__name__
-torch.save((hard, look('plain.pkl'), look('smooth.pkl')), 'out')
+torch.save((hard, look('plain.pkl'), look('smooth.pkl'), look('normalised.pkl')), 'out')
 """
 
 @pytest.mark.slow
@@ -526,30 +448,22 @@ def test_export_and_load_in_a_new_process(images, tmp_path):
     learn.export(tmp_path/'plain.pkl')
     learn.to_smooth().export(tmp_path/'smooth.pkl')
     learn.to_hard().reset_temperature().export(tmp_path/'hard.pkl')
-    assert learn.fit_temperature().temperature == t
+    learn.fit_temperature(normalize=True).export(tmp_path/'normalised.pkl')
+    normalised = learn.temperature, learn.temperature_interval, learn.get_preds()[0]
+    assert isinstance(normalised[0], NormalizedTemperature) and learn.fit_temperature(normalize=False).temperature == t
     torch.save(list(learn.dls.valid.items), tmp_path/'items')
     subprocess.run([sys.executable, '-c', ELSEWHERE], cwd=tmp_path, check=True)
     hard, *loaded = torch.load(tmp_path/'out', weights_only=False)
     near(hard, z.softmax(1), 1e-5)
-    for found, probs, raw, name in loaded:
-        assert found == (t, learn.temperature_interval) and name == 'CrossEntropyLossFlat'
-        near(probs, (z/t).softmax(1), 1e-5), near(raw, z.softmax(1), 1e-5)
+    plain = t, learn.temperature_interval, (z/t).softmax(1)
+    for (found, probs, raw, name), expected in zip(loaded, (plain, plain, normalised), strict=True):
+        assert found == expected[:2] and name == 'CrossEntropyLossFlat'
+        near(probs, expected[2], 1e-5), near(raw, z.softmax(1), 1e-5)
 
 # ---------------------------------------------------------------- bad and odd arguments
 
-@st.composite
-def scores(draw, kind, **options):
-    z = (fuzz.rand(draw, *(12, 3)[:1 + (kind != 'events')]) - .5)*8
-    return dict(logits=z, targs=fuzz.randint(draw, 3, 12) if kind == 'classes' else (fuzz.rand(draw, *z.shape) < .5).float(), **options)
-
-BAD = {'logits': [*fuzz.NOT_TENSORS, *fuzz.no_values('logits')], 'logits or targs': [lambda a: a['logits'][1:], lambda a: a['logits'][None, None], torch.tensor(1.)],
-       'targs': [*fuzz.NOT_TENSORS, *fuzz.no_values('targs'), lambda a: a['targs']*0-1, lambda a: a['targs']*0+3, lambda a: a['targs'][1:]]}
-BAD_CLASSES = BAD | {'targs': [*BAD['targs'], lambda a: a['targs']+.5, lambda a: a['targs']*math.nan]}
 def fit(**kwargs): return given(*drawn(60, 3, t=3.)).fit_temperature(**kwargs).temperature
 
-TABLE = {f'{f.__name__} {kind}': Row(f, scores(kind, **options), (BAD_CLASSES if kind == 'classes' else BAD) | more,
-                                     dict(logits=fuzz.FLOATS + fuzz.HALF, targs=fuzz.INTEGERS if kind == 'classes' else fuzz.LABELS), examples=2)
-         for f, options, more in ((best_temperature, {}, {}), (temperature_interval, dict(groups=torch.arange(12)//3), dict(groups=[torch.zeros(3)])),
-                                  (cross_fitted, dict(folds=3, seed=0), dict(folds=fuzz.BAD_COUNT, seed=fuzz.BAD_SEED))) for kind in KINDS}
-TABLE['fit_temperature'] = Row(fit, st.just(dict(ds_idx=1)), dict(ds_idx=[7, -7, 'x', 1.5, math.nan, [1], {}], per_label=[True]), examples=1)
-test_refuses, test_takes = fuzz.both_tests(TABLE, subclasses=(TensorBase, TensorCategory))
+TABLE = dict(fit_temperature=Row(fit, st.just(dict(ds_idx=1)), dict(ds_idx=[7, -7, 'x', 1.5, math.nan, [1], {}], per_label=[True],
+                                                                         normalize=['x', 2, .5, [], {}, 'None']), examples=1))
+test_refuses, test_takes = fuzz.both_tests(TABLE)
