@@ -16,6 +16,7 @@ from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, Tensor
 from fastai_smooth import losses
 from fastai_smooth.bench import EPS, SHAPES, SIGMOID_EPS, in_rounds, measure, ratio, table, told
 from fastai_smooth.callback import MultiLabelSmoothingCallback
+from fastai_smooth.online import OnlineLabelSmoothing
 
 from machine import machine
 
@@ -57,6 +58,7 @@ class Stop(Callback):
 def learner_steps(rounds=50, **kwargs):
     "Rows as of `measure`, of one batch from before_batch to after_batch; a round is an epoch of each Learner"
     learners = {'ours Flat': learner(losses.LabelSmoothingCrossEntropyFlat(EPS), **kwargs), 'fastai Flat': learner(LabelSmoothingCrossEntropyFlat(EPS), **kwargs),
+                'online': learner(CrossEntropyLossFlat(), cbs=[OnlineLabelSmoothing()], **kwargs),
                 'multi-label, no callback': learner(BCEWithLogitsLossFlat(), True, **kwargs),
                 'multi-label, callback': learner(BCEWithLogitsLossFlat(), True, [MultiLabelSmoothingCallback(SIGMOID_EPS)], **kwargs)}
     stops, names, shuffle = {k: Stop() for k in learners}, [*learners], random.Random(0).shuffle
@@ -109,7 +111,7 @@ def summary(*files):
     lines.append('')
     host = [told(run[cases[0], 'fastai Flat']['host_vs_ours']) for run in runs if 'host_vs_ours' in run.get((cases[0], 'fastai Flat'), {})]
     if host: lines.append(f"Host time of a Flat loss, {cases[0].split()[0]}, fastai's / ours: {' / '.join(host)}")
-    for name, what in (('fastai Flat', "with fastai's loss / ours"), ('multi-label, callback', 'multi-label with the callback / without')):
+    for name, what in (('fastai Flat', "with fastai's loss / ours"), ('online', 'with online label smoothing / ours'), ('multi-label, callback', 'multi-label with the callback / without')):
         vs = [told(run['step', name]['vs_ours'], '.3f') for run in runs if ('step', name) in run]
         if vs: lines.append(f"A training step, {what}: " + ' / '.join(vs))
     return '\n'.join(lines)

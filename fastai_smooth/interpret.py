@@ -16,6 +16,7 @@ from .intervals import *
 from .ranking import *
 from .ranking import decisions
 from .predictions import RawPreds, raw_preds
+from .predictions import class_names
 from .kernels.checks import check_whole
 from .losses import base_loss, untempered
 from .pilot import pilot
@@ -84,11 +85,9 @@ class CalibrationInterpretation(Interpretation):
         self.multi = not self.of_classes and self.logits.ndim == 2
         self.temperature = temperature_of(learn) if self.fitted else best_temperature(self.logits, self.targs) or 1.
         t = torch.tensor(self.temperature).double() if is_listy(self.temperature) else self.temperature
-        scaled = apply_temperature(self.logits, t) if self.fitted else cross_fitted(self.logits, self.targs)
+        scaled = apply_temperature(self.logits, t) if self.fitted else cross_fitted(self.logits, self.targs, groups=self.items)
         self.raw,self.after = ((o.softmax(1) if self.of_classes else o.sigmoid()) for o in (self.logits, scaled))
-        vocab = L(getattr(dl, 'vocab', None))
-        if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1])
-        self.vocab = vocab if self.logits.shape[1:] == (len(vocab),) else L(range(self.logits.shape[-1])).map(str)
+        self.vocab = class_names(dl, self.logits.shape[-1])
         super().__init__(learn, dl, row_nll(self.logits, self.targs))
 
     def __getitem__(self, idxs):

@@ -241,7 +241,7 @@ def _check_pilot(n_epoch, lr, share, fit, cap, seed):
     if not (fit is None or callable(fit)): raise TypeError(f'fit must be a function that trains a Learner, got {fit!r}')
     check_whole('seed', seed)
 
-def _grid(full, epss, options, multi):
+def _grid(full, epss, options, multi, online):
     "The values to try, 0 among them"
     unknown = options.keys() - {'prior','spread'}
     if unknown: raise TypeError(f'eps_find has no argument {", ".join(unknown)}')
@@ -249,7 +249,7 @@ def _grid(full, epss, options, multi):
         if epss is not None: raise ValueError('epss goes with full=True')
         if options: raise ValueError(f'{", ".join(options)}: goes with full=True, the one pilot is not smoothed')
         return [0.]
-    if epss is None: return [0.,.025,.05,.1,.2] if multi else [0.,.05,.1,.2,.4]
+    if epss is None: return [0.,.3,.5,.7,.9] if online else [0.,.025,.05,.1,.2] if multi else [0.,.05,.1,.2,.4]
     top = .5 if multi else 1.
     try: epss = sorted({0., *map(float, epss)})
     except (TypeError,ValueError) as e: raise TypeError(f'epss must be numbers in [0,{top:g}], got {epss!r}') from e
@@ -265,7 +265,7 @@ def eps_find(self:Learner,
     lr:float|slice=None, # Its learning rate (None: that of the Learner)
     *,
     full:bool=False, # Train a pilot for each of `epss`, and compare?
-    epss:list=None, # With `full`: values to try beside 0 (None: .05, .1, .2, .4; half of that for multi-label)
+    epss:list=None, # With `full`: values to try beside 0 (None: .05, .1, .2, .4; half for multi-label; online .3, .5, .7, .9)
     share:float=.3, # Share of `n_epoch` that a pilot trains
     fit:Callable=None, # What trains a pilot, such as lambda o: o.fine_tune(3) (None: fit_one_cycle)
     cap:float=.4, # Largest eps in [0,1] to suggest from one pilot; half of that for multi-label
@@ -284,7 +284,8 @@ def eps_find(self:Learner,
     _check_pilot(n_epoch, lr, share, fit, cap, seed)
     if check_whole('ds_idx', ds_idx, 0) not in range(1, n := len(self.dls.loaders)):
         raise ValueError(f'ds_idx must be that of data to validate on, 1 to {n-1}, got {ds_idx}')
-    epss = _grid(full, epss, kwargs, _is_multi(self))
+    prior = kwargs.get('prior', 'online' if is_online(_loss_of(self)) else None)
+    epss = _grid(full, epss, kwargs, _is_multi(self), isinstance(prior, str) and prior == 'online')
     if fit is None: fit = lambda o: o.fit_one_cycle(max(1, round(share*n_epoch)), lr)
     pilots = {eps:p for eps in epss if (p := _run_pilot(self, eps, fit, ds_idx, seed, kwargs))}
     preds,errors = _finite_rows([p for p,_ in pilots.values()]),pilots[0.][1]

@@ -139,10 +139,11 @@ def test_interval_holds_the_truth(error, slope):
 
 @pytest.mark.long
 @pytest.mark.parametrize('error, slope', RANKED)
-@pytest.mark.parametrize('n', [200, 5000])
+@pytest.mark.parametrize('n', [200, 2500])
 def test_interval_holds_the_truth_as_often_as_it_says(error, slope, n):
-    "Where errors are few or ranked well it is wider than it need be, as an unseen one might rank first"
-    assert held(n, error, slope, 1000, 400) >= .93
+    """Where errors are few or ranked well it is wider than it need be, as an unseen one might rank first. Of 1000 draws 920 or fewer have a
+    probability below .0001 where it is 95%"""
+    assert held(n, error, slope, 1000, 500) > .92
 
 @pytest.mark.parametrize('groups, least', [(None, .031), (torch.arange(100)//5, .1)])
 def test_no_errors_seen_rule_none_out(groups, least):

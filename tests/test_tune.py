@@ -361,3 +361,20 @@ TABLE = dict(eps_find=Row(found, st.just(dict(n_epoch=3, fit=noop)), dict(
     lr=['x', [1, 'a'], {}], n_epochs=[3], temperature=[2], spread=['others', lambda a: dict(spread='none', full=True, epss=[.1])], prior=[torch.full((3,), 1/3)],
     epss=[[.1], *map(grid, ([], [0.], [NAN], [-.1], [1.5], ['x'], 'abc', .1, [None], 3))]), examples=1))
 test_refuses, test_takes = fuzz.both_tests(TABLE, subclasses=(TensorBase, TensorCategory))
+
+@pytest.mark.parametrize('way', ['of the Learner', 'asked for'])
+def test_pilots_smooth_online_where_that_is_meant(way, monkeypatch):
+    "with the eps that online label smoothing wants, and what the Learner has learnt by then"
+    learn, kwargs, seen = trainable(), {}, []
+    if way == 'asked for': kwargs = dict(prior='online')
+    else:
+        learn.to_smooth(prior='online')
+        learn.online_label_smoothing.prior = torch.full((4, 4), 1/4)
+    class Look(Callback):
+        run_valid = False
+        def before_batch(self): seen.append((self.learn.loss_func.eps, self.learn.loss_func.online, self.learn.loss_func.func.prior is not None))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        found = learn.eps_find(1, full=True, show_plot=False, fit=lambda o: o.fit(1, cbs=Look()), **kwargs)
+    assert list(found.scores.eps) == [0., .3, .5, .7, .9] and list(dict.fromkeys(seen)) == [(e, True, way != 'asked for') for e in found.scores.eps]
+    assert ('online_label_smoothing' in vars(learn)) == (way != 'asked for')

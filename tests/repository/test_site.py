@@ -84,7 +84,7 @@ def test_a_stale_number_fails_and_is_saved_anew(tool, tmp_path, monkeypatch, cap
     (tmp_path/'pyproject.toml').write_text(''.join(o for o in (ci.parent/'pyproject.toml').read_text().splitlines(True) if not o.startswith('test_setup')))
     path = notebook(tmp_path/'nbs/00_compare.ipynb', '# T', ('print(f"accuracy {1/8}")', [out]))
     monkeypatch.setattr(notebooks, 'root', tmp_path)
-    monkeypatch.setattr(notebooks, 'PROCESSOR', notebooks.SAVED_ON['compare'])
+    monkeypatch.setattr(notebooks, 'PROCESSOR', notebooks.SAVED_ON)
     assert notebooks.main([]) and 'nbs/00_compare.ipynb, cell 1 (c1):\n  saved: accuracy 0.25\n  now:   accuracy 0.125' in capsys.readouterr().out
     monkeypatch.setattr(notebooks, 'PROCESSOR', 'another')
     assert not notebooks.main([]) and not notebooks.main(['--save']) and 'accuracy 0.125' in path.read_text()
