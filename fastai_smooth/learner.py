@@ -63,7 +63,7 @@ def to_smooth(self:Learner,
     `LabelSmoothingCrossEntropyFlat` with the same class axis, weight, ignore_index and reduction. To `BCEWithLogitsLossFlat` and
     `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added, and for prior='online' an
     `OnlineLabelSmoothing`. Any other loss is a TypeError, and the Learner is unchanged."""
-    eps = getattr(eps, 'eps', eps) # what eps_find suggests
+    eps,prior = getattr(eps, 'eps', eps),ifnone(prior, getattr(eps, 'prior', None)) # of what eps_find suggests
     if isinstance(eps, str):
         raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
     new,cbs = _smooth_parts(found_loss(self), self.dls, eps, prior, spread, smooth_valid)

@@ -15,8 +15,9 @@ from .scaling import cross_fitted
 
 # %% ../nbs/13_metrics.ipynb #metrclss
 class CalibrationMetric(Metric):
-    "A measure, such as `calibration_error`, as a fastai metric. It keeps sums; or rows, where a measure needs all of them at once."
-    max_numel = 2**26 # numbers to keep; of more rows an even sample is kept
+    """A measure, such as `calibration_error`, as a fastai metric. It keeps sums; or rows, where a measure needs all
+    of them at once, and of more than `max_numel` numbers an even sample."""
+    max_numel = 2**23 # more would take seconds an epoch, and gigabytes
     def __init__(self,
         measure:Callable, # One of the measures, or a `Measure`
         name:str, # As it is printed, with '_worst' where asked for. fastai's trackers keep the lowest of what has 'loss' or 'error' in it
@@ -138,6 +139,6 @@ class AURC(_PlainMetric):
     _of = RiskCoverageArea(),'aurc_error'
 
 class NLLAfterT(_PlainMetric):
-    """`nll` after a cross-fitted temperature, as `nll_after_t_loss`: a monitor for the best epoch. It keeps all probabilities; of large
-    validation sets, with more than 2**23 of them, an even sample."""
-    _of,max_numel = (NLLAfterTemperature(),'nll_after_t_loss'),2**23 # more would take a minute an epoch
+    """`nll` after a cross-fitted temperature, as `nll_after_t_loss`: a monitor for the best epoch (Berta et al. 2025, arXiv:2501.19195).
+    It takes rows to be independent, which pixels of an image are not; of millions of rows it takes seconds an epoch."""
+    _of = NLLAfterTemperature(),'nll_after_t_loss'

@@ -11,21 +11,20 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from matplotlib.ticker import PercentFormatter
 from .callback import set_loss
-from .kernels.checks import check_eps
+from .kernels.checks import check_eps, check_whole, warn
 from .losses import *
-from .predictions import prediction_rows
-from .predictions import class_names
+from .predictions import class_names, prediction_rows
 from .smoothed import *
-from .smoothed import found_loss, is_online, sigmoid_losses, softmax_options, with_temperature_of
+from .smoothed import is_online, sigmoid_losses, softmax_options, unsmoothed, with_temperature_of
 
 # %% ../nbs/07_online.ipynb #onlcls00
 class OnlineLabelSmoothing(Callback):
     """Smooths to what the model predicted in the epoch before: the target of a row of class y is (1-eps)*onehot(y) + eps*S[y].
 
     S[y] is the mean softmax, over the last training epoch, of the rows of class y that were predicted right; uniform in the first epoch,
-    and for a class without such a row. It stays from fit to fit. Validation, metrics and predictions are those of the loss that the
-    Learner has. For cross entropy, as `Learner.to_smooth` knows it, and targets that are class indices; `to_smooth(prior='online')` adds
-    this callback. Zhang et al. 2021 (arXiv:2011.12562), who take eps=.5."""
+    and for a class without such a row. It stays from fit to fit, and goes with the callback. Validation is on hard labels. For cross
+    entropy, as `Learner.to_smooth` knows it, and targets that are class indices; `to_smooth(prior='online')` adds this callback. When it
+    is taken off, the loss that was there before is back. Zhang et al. 2021 (arXiv:2011.12562), who take eps=.5."""
     order,run_valid = -60,False # before `GlobalMean`, which looks at the loss
     _stateattrs = ('_sums','_counts')
     _sums=_counts=_eps=prior = None
@@ -48,15 +47,16 @@ class OnlineLabelSmoothing(Callback):
         if loss is not None: loss.eps = v
 
     def __setattr__(self, name, value):
-        if name == 'learn' and value is None and self._loss() is not None: # taken off the Learner
-            set_loss(self.learn, with_temperature_of(self.learn, found_loss(self.learn)))
+        if name == 'learn' and value is None: self._put_back() # taken off the Learner
         super().__setattr__(name, value)
 
     def before_fit(self):
-        if not self.learn.lock.locked(): self.install() # fastai holds this lock for a validation or prediction
+        if self.learn.lock.locked(): return # a validation or prediction, which fastai holds this lock for
+        if len(self._all()) > 1: raise ValueError('this Learner has two OnlineLabelSmoothings: take one off with learn.remove_cb')
+        self.install()
 
 # %% ../nbs/07_online.ipynb #onlins0b
-max_classes = 10_000 # of which S and its sums take 1.2 GB
+max_classes = 10_000 # of which S and its sums take 1.2 GB, and twice that at the end of an epoch
 _chunk = 2**22 # logits whose softmax is made at a time, as that of a language model would fill the memory
 
 def check_classes(k):
@@ -70,7 +70,9 @@ def online_loss(loss, eps):
     if type(loss) in sigmoid_losses:
         raise TypeError(f"{loss_name(loss)} is for labels that are each there or not, and online label smoothing for one class a row; "
                         "MultiLabelSmoothingCallback smooths such labels")
-    return SmoothedCrossEntropyFlat(eps, hard=loss, online=True, **softmax_options(loss))
+    options = softmax_options(unsmoothed(loss))
+    if options.get('multi_hot'): raise ValueError('online label smoothing is for one class a row, and this loss has multi_hot=True')
+    return SmoothedCrossEntropyFlat(eps, hard=loss, online=True, **options)
 
 # %% ../nbs/07_online.ipynb #onlins00
 @patch
@@ -80,10 +82,27 @@ def _loss(self:OnlineLabelSmoothing):
     return loss if is_online(loss) else None
 
 @patch
+def _all(self:OnlineLabelSmoothing): return self.learn._grab_cbs(OnlineLabelSmoothing)
+
+@patch
 def install(self:OnlineLabelSmoothing):
     "Put the smoothed loss in the place of the Learner's own, unless it is there."
-    if self._loss() is None: set_loss(self.learn, with_temperature_of(self.learn, online_loss(found_loss(self.learn), self._eps)))
+    if self._loss() is None:
+        new = online_loss(untempered(base_loss(self.learn.loss_func)), self._eps)
+        set_loss(self.learn, with_temperature_of(self.learn, new))
+    k = get_c(self.dls)
+    if self.prior is not None and k and k != len(self.prior):
+        warn(f'what was learnt of {len(self.prior)} classes is forgotten: now there are {k}')
+        self.prior = None
     self._loss().func.prior = self.prior
+
+@patch
+def _put_back(self:OnlineLabelSmoothing):
+    "The loss that was there before, and the eps that the loss had"
+    loss = self._loss()
+    if loss is None or len(self._all()) > 1: return
+    self._eps = loss.eps
+    set_loss(self.learn, with_temperature_of(self.learn, loss.hard))
 
 @patch
 def before_train(self:OnlineLabelSmoothing):
@@ -124,12 +143,16 @@ def _add(self:OnlineLabelSmoothing, logits, targs, keep):
 def after_train(self:OnlineLabelSmoothing):
     "S of this epoch, for the next; over the rows of all processes"
     if self._sums is None: return
-    sums,counts,self._sums,self._counts = self._sums,self._counts,None,None
+    sums,counts,self._sums,self._counts = self._sums,self._counts[:,None],None,None
     if num_distrib() > 1:
         for o in (sums,counts): torch.distributed.all_reduce(o)
-    counts = counts[:,None]
-    self.prior = torch.where(counts > 0, sums/counts.clamp(min=1), 1/len(sums)).float()
+    self.prior = sums.div_(counts.clamp(min=1)).float()
+    self.prior += (counts == 0)/len(sums) # uniform
     self.install()
+
+@patch
+def after_cancel_epoch(self:OnlineLabelSmoothing): self._sums = None
+OnlineLabelSmoothing.after_cancel_fit = OnlineLabelSmoothing.after_cancel_epoch
 
 # %% ../nbs/07_online.ipynb #onlplt00
 @patch(as_prop=True)
@@ -146,6 +169,7 @@ def plot_soft_labels(self:OnlineLabelSmoothing,
     return_fig:bool=False, # Return the figure?
 ) -> plt.Figure: # None unless `return_fig`
     "Which classes look alike to the model: what an input of the class of the row shares with the other classes, on the average."
+    check_whole('max_n', max_n, 1)
     table = self.soft_labels
     if table is None: raise ValueError('there are no soft labels yet: they are there after the first epoch of a training')
     shared = table.mask(np.eye(len(table), dtype=bool))

@@ -57,8 +57,8 @@ def class_names(
     k:int # How many classes or labels the predictions have
 ) -> L: # of k
     "Names of the classes or labels: those of `data` where it has as many, else numbers."
-    vocab = L(getattr(data, 'vocab', None))
-    if len(vocab) and is_listy(vocab[-1]): vocab = L(vocab[-1]) # of inputs and of targets
+    vocab = L(getattr(data, 'vocab', None) or nested_attr(data, 'train.after_item.vocab')) # masks have it there, see fastai's `get_c`
+    if len(vocab) and not isinstance(vocab[-1], str) and hasattr(vocab[-1], '__len__'): vocab = L(vocab[-1]) # of inputs and of targets
     return vocab if len(vocab) == k else L(range(k)).map(str)
 
 # %% ../nbs/06_predictions.ipynb #95fad260

@@ -65,7 +65,11 @@ def is_online(loss):
     "Is it a loss whose prior `OnlineLabelSmoothing` sets?"
     return getattr(loss, 'online', False)
 
+def unsmoothed(loss):
+    "The loss in whose place `loss` was put, or `loss` itself: by attribute, as reloading makes new classes."
+    while isinstance(loss, LabelSmoothingCrossEntropyFlat) and hasattr(loss, 'hard'): loss = loss.hard
+    return loss
+
 def found_loss(learn):
-    "The loss that `to_smooth` finds, or found before it installed its own: by attribute, as reloading makes new classes."
-    loss = untempered(base_loss(learn.loss_func))
-    return getattr(loss, 'hard', loss) if isinstance(loss, LabelSmoothingCrossEntropyFlat) else loss
+    "The loss that `to_smooth` finds, or found before it installed its own."
+    return unsmoothed(untempered(base_loss(learn.loss_func)))

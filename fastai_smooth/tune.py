@@ -35,6 +35,7 @@ class EpsSuggestion(NamedTuple):
     valid_error_interval:tuple  # (low, high)
     verdict:str                 # What the suggestion rests on
     scores:pd.DataFrame=None    # Of the grid, one row an eps: NLL in nats, how far behind the best, standard error, temperature, error
+    prior:str=None              # 'online' where the pilots smoothed online
 
     @property
     def learnt(self): # bool
@@ -44,7 +45,8 @@ class EpsSuggestion(NamedTuple):
     def __repr__(self):
         noise = f'{_with_interval(*self[2:4])} of the labels are random' if self.learnt else 'it cannot tell how many labels are random'
         pilots = '' if self.scores is None else f' {len(self.scores)} pilots: see scores.'
-        return (f'eps={_with_interval(*self[:2])} ({self.verdict}). The validation error of the pilot is '
+        online = ' online' if self.prior else ''
+        return (f'eps={_with_interval(*self[:2])}{online} ({self.verdict}). The validation error of the pilot is '
                 f'{_with_interval(*self[4:6])}; {noise}.{pilots}')
 
 # %% ../nbs/17_tune.ipynb #howpilot
@@ -248,6 +250,7 @@ def _grid(full, epss, options, multi, online):
     if not full:
         if epss is not None: raise ValueError('epss goes with full=True')
         if options: raise ValueError(f'{", ".join(options)}: goes with full=True, the one pilot is not smoothed')
+        if online: raise ValueError('one pilot tells how much to smooth uniformly: for online smoothing compare pilots, by full=True')
         return [0.]
     if epss is None: return [0.,.3,.5,.7,.9] if online else [0.,.025,.05,.1,.2] if multi else [0.,.05,.1,.2,.4]
     top = .5 if multi else 1.
@@ -284,13 +287,13 @@ def eps_find(self:Learner,
     _check_pilot(n_epoch, lr, share, fit, cap, seed)
     if check_whole('ds_idx', ds_idx, 0) not in range(1, n := len(self.dls.loaders)):
         raise ValueError(f'ds_idx must be that of data to validate on, 1 to {n-1}, got {ds_idx}')
-    prior = kwargs.get('prior', 'online' if is_online(_loss_of(self)) else None)
-    epss = _grid(full, epss, kwargs, _is_multi(self), isinstance(prior, str) and prior == 'online')
+    online = kwargs.get('prior', 'online' if is_online(_loss_of(self)) else None) == 'online'
+    epss = _grid(full, epss, kwargs, _is_multi(self), online)
     if fit is None: fit = lambda o: o.fit_one_cycle(max(1, round(share*n_epoch)), lr)
     pilots = {eps:p for eps in epss if (p := _run_pilot(self, eps, fit, ds_idx, seed, kwargs))}
     preds,errors = _finite_rows([p for p,_ in pilots.values()]),pilots[0.][1]
     found = _closed_form(*preds[0], cap, errors)
-    if full: found = _of_grid(found, _scores(list(pilots), preds))
+    if full: found = _of_grid(found, _scores(list(pilots), preds))._replace(prior='online' if online else None)
     else: _warn_of(found)
     if show_plot: _plot(found, *preds[0], errors)
     return found

@@ -49,16 +49,17 @@ class Type(NamedTuple):
     item: Callable        # data -> what `predict` takes
     fails: set = set()    # the calls that fastai's own loss does not pass
     options: dict = {}    # of the loss that smooths
+    names: Callable = lambda d: list(d.digits.vocab)   # data -> those of the classes, of one class a row
 
 VOIDS = dict(axis=1, ignore_index=VOID)
 TYPES = dict(
     vision=Type(lambda d, **k: vision_learner(d.digits, tiny_arch, pretrained=False, **k), lambda d: d.digits.valid_ds.items[0]),
     unet=Type(lambda d, **k: unet_learner(d.masks, tiny_arch, pretrained=False, **{'loss_func': CrossEntropyLossFlat(**VOIDS), **k}),
-              lambda d: d.masks.valid_ds.items[0], {'ClassificationInterpretation'}, VOIDS),
-    tabular=Type(lambda d, **k: tabular_learner(d.table, layers=[8], **k), lambda d: d.row),
+              lambda d: d.masks.valid_ds.items[0], {'ClassificationInterpretation'}, VOIDS, lambda d: list(MASK_CODES)),
+    tabular=Type(lambda d, **k: tabular_learner(d.table, layers=[8], **k), lambda d: d.row, names=lambda d: list(d.table.vocab)),
     text_classifier=Type(lambda d, **k: text_classifier_learner(d.texts, AWD_LSTM, config=small_clas_config(), pretrained=False, **k),
-                         lambda d: TEXTS[0], {'show_results'}),
-    language_model=Type(language_model, lambda d: 'the cat sat', {'get_preds', 'ClassificationInterpretation', 'plot_top_losses'}),
+                         lambda d: TEXTS[0], {'show_results'}, names=lambda d: ['cat', 'dog']),
+    language_model=Type(language_model, lambda d: 'the cat sat', {'get_preds', 'ClassificationInterpretation', 'plot_top_losses'}, names=lambda d: list(d.words.vocab)),
     multi_vision=Type(lambda d, **k: vision_learner(d.pairs, tiny_arch, pretrained=False, **k), lambda d: d.pairs.path/'3.png'),
     multi_tabular=Type(lambda d, **k: tabular_learner(d.multi_table, layers=[8], **k), lambda d: d.row))
 
@@ -97,6 +98,7 @@ def fit_one_cycle(learn, job):
     soft = learn.online_label_smoothing.prior if hasattr(learn, 'online_label_smoothing') else None # of the epoch before
     learn.fit_one_cycle(1, 1e-2, cbs=batches)
     job.soft = soft
+    if soft is not None: job.names = list(learn.online_label_smoothing.soft_labels.index)
     return tuple(batches.train()), tuple(batches.valid())
 
 def get_preds(learn, job, **kwargs):
@@ -147,7 +149,7 @@ def ran(tmp_path_factory):
         torch.manual_seed(0); np.random.seed(0); random.seed(0)
         make = partial(TYPES[kind].make, data, path=folder)
         learn = quiet(make() if use == 'own' else uses(kind)[use](make))
-        before, job = weights(learn).clone(), SimpleNamespace(item=TYPES[kind].item(data), file=folder/f'{kind} {use}.pkl')
+        before, job = weights(learn).clone(), SimpleNamespace(data=data, item=TYPES[kind].item(data), file=folder/f'{kind} {use}.pkl')
         done = {name: do(call, learn, job) for name, call in CALLS.items()}
         return SimpleNamespace(done=done, job=job, moved=(weights(learn) != before).float().mean(), value=lambda name: done[name][1])
     return f
@@ -166,7 +168,9 @@ def test_training_is_smoothed_and_real(ran, kind, use):
     """Validation is smoothed only by a loss that was passed as loss_func, as by fastai's. The RNN's regularisers add to what is
     backpropagated, not to the loss that is shown."""
     run, eps = ran(kind, use), 0 if use == 'own' else .5 if use == 'online' else .05 if is_multi(kind) else .1
-    assert use != 'online' or (run.job.soft.std(0) > 0).any()   # learnt by then: not each class gives the same
+    if use == 'online':
+        assert (run.job.soft.std(0) > 0).any()   # learnt by then: not each class gives the same
+        assert run.job.names == TYPES[kind].names(run.job.data)   # of the classes
     train, valid = run.value('fit_one_cycle')
     assert len(train) >= 2 and len(valid) >= 1 and run.moved > .5
     for pred, y, loss, loss_grad in train:

@@ -131,6 +131,27 @@ def test_the_callback_alone_and_taken_off(loss):
     assert word.to_hard().loss_func is loss and not hasattr(word, 'online_label_smoothing')
     assert not torch.equal(weights(word), weights(fit_seeded(learner(loss).to_smooth(.3), 3)))
 
+def test_smoothing_that_was_there_before_comes_back():
+    "After one fit with the callback, and when it is taken off; to_hard goes all the way back"
+    learn = learner(label_smoothing=.1)
+    before, hard = learn.loss_func, learn.loss_func.hard
+    learn.fit(1, cbs=OnlineLabelSmoothing(.6))
+    assert learn.loss_func is before and learn.loss_func.eps == .1
+    cb = OnlineLabelSmoothing(.6)
+    learn.add_cb(cb).fit(1)
+    learn.loss_func.eps = .8
+    assert learn.remove_cb(cb).loss_func is before
+    learn.add_cb(cb).fit(1)
+    assert learn.loss_func.eps == cb.eps == .8 and learn.to_hard().loss_func is hard
+
+def test_two_callbacks_are_refused():
+    learn = learner().to_smooth(.1, prior='online')
+    learn.fit(1)
+    loss = learn.loss_func
+    with pytest.raises(ValueError, match='two OnlineLabelSmoothings'): learn.fit(1, cbs=OnlineLabelSmoothing(.6))
+    assert learn.loss_func is loss and loss.eps == .1
+    learn.fit(1)
+
 def test_flag():
     learn = learner(label_smoothing='online')
     assert learn.online_label_smoothing.eps == learn.loss_func.eps == .5 and 'online' in repr(learn.loss_func)
@@ -229,7 +250,8 @@ def test_lr_find_and_eps_find_leave_no_trace():
     learn.lr_find(num_it=12, stop_div=False, show_plot=False)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        learn.eps_find(4, show_plot=False)
+        learn.eps_find(4, full=True, epss=[.5], show_plot=False)
+    with pytest.raises(ValueError, match='compare pilots, by full=True'): learn.eps_find(4, show_plot=False)
     assert learn.loss_func is loss and learn.online_label_smoothing is cb and torch.equal(cb.prior, soft) and cb.eps == .6
     assert torch.equal(weights(learn), before) and cb._sums is None
 
@@ -249,6 +271,20 @@ def test_a_copy_goes_on_by_itself(way, tmp_path):
     assert torch.equal(learn.online_label_smoothing.prior, before) and not torch.equal(other.online_label_smoothing.prior, before)
     assert other.online_label_smoothing.soft_labels.shape == (K, K) and type(other.to_hard().loss_func) is CrossEntropyLossFlat
 
+def test_what_was_learnt_of_other_classes_is_forgotten():
+    cb = OnlineLabelSmoothing()
+    learner(dls=single_dls(k=K), cbs=cb).fit(1)
+    dls = single_dls(k=6)
+    dls.c = 6
+    with pytest.warns(UserWarning, match='learnt of 4 classes is forgotten: now there are 6'): learner(k=6, dls=dls, cbs=cb).fit(1)
+    assert cb.prior.shape == (6, 6)
+
+@pytest.mark.parametrize('ex', [CancelEpochException, CancelFitException])
+def test_a_cancelled_epoch_leaves_no_sums(ex):
+    learn = learner().to_smooth(prior='online')
+    learn.fit(1, cbs=RaiseAt(ex()))
+    assert learn.online_label_smoothing._sums is None and learn.online_label_smoothing.prior is None
+
 # ---------------------------------------------------------------- what is refused
 
 def refused(make, error, match):
@@ -265,6 +301,7 @@ def test_what_is_not_one_class_a_row_is_refused():
     refused(lambda: learner(BCEWithLogitsLossFlat(), dls=multi), TypeError, 'MultiLabelSmoothingCallback smooths such labels')
     refused(lambda: learner(MSELossFlat()), TypeError, 'regression')
     refused(lambda: learner(dls=tensor_dls(torch.randn(32, 6), torch.full((32, K), 1/K))), ValueError, 'needs class indices as targets, got soft')
+    refused(lambda: learner(LabelSmoothingCrossEntropyFlat(.1, multi_hot=True)), ValueError, 'multi_hot=True')
     with pytest.raises(ValueError, match="spread='others'"): learner().to_smooth(prior='online', spread='others')
     with pytest.raises(ValueError, match='smooth_valid=True'): learner().to_smooth(prior='online', smooth_valid=True)
     with pytest.raises(ValueError, match="'train' or 'online', got 'onlin'"): learner().to_smooth(prior='onlin')
@@ -287,6 +324,7 @@ def test_soft_labels_by_name_and_their_picture():
     cb = learn.online_label_smoothing
     assert cb.soft_labels is None
     with pytest.raises(ValueError, match='after the first epoch'): cb.plot_soft_labels()
+    with pytest.raises(ValueError, match='max_n'): cb.plot_soft_labels(max_n=0)
     learn.fit(1)
     assert list(cb.soft_labels.index) == list(cb.soft_labels.columns) == list('0123')
     learn.dls.vocab = ['ant', 'bee', 'cat', 'dog']

@@ -377,4 +377,5 @@ def test_pilots_smooth_online_where_that_is_meant(way, monkeypatch):
         warnings.simplefilter('ignore')
         found = learn.eps_find(1, full=True, show_plot=False, fit=lambda o: o.fit(1, cbs=Look()), **kwargs)
     assert list(found.scores.eps) == [0., .3, .5, .7, .9] and list(dict.fromkeys(seen)) == [(e, True, way != 'asked for') for e in found.scores.eps]
-    assert ('online_label_smoothing' in vars(learn)) == (way != 'asked for')
+    assert ('online_label_smoothing' in vars(learn)) == (way != 'asked for') and found.prior == 'online' and f'{found.eps:.3f}' in f'{found}'
+    assert learn.to_smooth(found).online_label_smoothing.eps == found.eps
