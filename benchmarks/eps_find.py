@@ -64,7 +64,7 @@ def one_run(data, eps, seed, epochs):
         with learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(epochs)
             test = raw_preds(learn, 2)
-            temperature = learn.fit_temperature().temperature
+            temperature = learn.fit_temperature(normalize=False).temperature # a number
     return dict(eps=eps, **measured(test.logits, test.targs), valid_temperature=temperature, seconds=round(time.time() - start, 2))
 
 

@@ -138,9 +138,10 @@ def _new_results(out):
 def _write(runs, file):
     with complete(file) as part: tidy(runs).to_csv(part, index=False)
 
-_COLUMNS = ('NLL: negative log likelihood, the lower the better; after temperature: with over- and underconfidence mended. ECE: how far '
-            'confidence, the largest probability, and accuracy are apart; a model is overconfident where confidence is larger. '
-            'The surest half: the images with the largest confidence. All are means over seeds.')
+_COLUMNS = ('NLL: negative log likelihood, the lower the better; after temperature: of logits divided by a temperature '
+            'that was fitted to other validation images (cross-fitted). ECE: how far confidence, the largest probability, and accuracy '
+            'are apart; a model is overconfident where confidence is larger. The surest half: the images with the largest confidence. '
+            'All are means over seeds.')
 
 def _print_report(runs):
     def wrapped(text): return fill(text, min(100, shutil.get_terminal_size().columns), break_on_hyphens=False)
@@ -172,6 +173,12 @@ def _run_all(todo, data, file, options):
         if runs: _report(runs, file)
 
 # %% ../nbs/20_compare.ipynb #cmpcomp1
+def _say_if_uniform(methods, epochs, pretrained, **kwargs):
+    "Online smoothing starts with a uniform prior, and learns another by the end of an epoch; the frozen epoch of `fine_tune` is one more"
+    if epochs == 1 and not pretrained and any(m.prior == 'online' for m in methods):
+        print('Online smoothing is uniform smoothing with the same eps in its first epoch, the only one here; try more --epochs',
+              flush=True)
+
 def _compare(data, methods, seeds, out, options):
     _check_training(data, **options)
     valid,auto = data.validation(0),'auto' in methods
@@ -179,6 +186,7 @@ def _compare(data, methods, seeds, out, options):
     with _new_results(out) as file:
         print(f'{(~valid).sum()} training and {valid.sum()} validation images of {len(data.vocab)} classes', flush=True)
         if auto: methods = _with_auto(methods, data, options)
+        _say_if_uniform(methods, **options)
         _run_all([(method,seed) for seed in range(seeds) for method in methods], data, file, options)
 
 def _defaults():
@@ -207,8 +215,8 @@ def compare(
     data:str='digits',
     root:str=None, # With --data fashion: where FashionMNIST is
     download:bool=False, # With --data fashion: download it to --root if it is not there
-    # What to compare: 0 is no smoothing, another number uniform smoothing with that eps, online is online label smoothing with eps .5,
-    # online:0.7 with that eps. auto: the eps that eps_find suggests from training images, which are then the same for all seeds
+    # What to compare: 0 is no smoothing, another number uniform smoothing with that eps, online is online label smoothing (uniform in its
+    # first epoch) with eps .5, online:0.7 with .7. auto: the eps that eps_find suggests from training images, then the same for all seeds
     eps:list[_eps]=(0., .1, 'online'),
     seeds:count=3, # Runs of each
     size:count=None, # Side to resize images to (default: digits 24, fashion 32, else 128)

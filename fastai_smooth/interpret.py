@@ -15,12 +15,11 @@ from .measures import *
 from .intervals import *
 from .ranking import *
 from .ranking import decisions
-from .predictions import RawPreds, raw_preds
-from .predictions import class_names
+from .predictions import RawPreds, class_names, raw_preds
 from .kernels.checks import check_whole
 from .losses import base_loss, untempered
 from .pilot import pilot
-from .scaling import apply_temperature, best_temperature, cross_fitted, row_nll
+from .scaling import NormalizedTemperature, apply_temperature, best_temperature, cross_fitted, row_nll
 from .temperature import check_activation, temperature_of
 
 # %% ../nbs/15_interpret.ipynb #ff27fd2a
@@ -96,8 +95,10 @@ class CalibrationInterpretation(Interpretation):
 
     @property
     def _titled(self): # {title: probabilities}
-        t = 'T per label' if is_listy(self.temperature) else f'T={self.temperature:.2f}'
-        return {'raw':self.raw, f'after {t}{" of normalised logits" if hasattr(self.temperature, "p") else ""}':self.after}
+        t = self.temperature
+        if isinstance(t, NormalizedTemperature): name = f'normalising (s={t.s:.3g}, p={t.p:g})'
+        else: name = 'T per label' if is_listy(t) else f'T={t:.2f}'
+        return {'raw':self.raw, f'after {name}':self.after}
 
 # %% ../nbs/15_interpret.ipynb #fromlern
 @patch(cls_method=True)
@@ -123,7 +124,8 @@ def summary(self:CalibrationInterpretation,
     n_boot:int=1000, # Bootstrap samples
 ) -> pd.DataFrame: # One row a measure, 'raw' and 'after T': value, low, high, 'if perfectly calibrated', 'at most (95%)', n, T
     """Measures with their 95% intervals (`low`, `high`). Accuracy, Brier, the calibration errors and AURC are fractions, NLL is in nats.
-    AURC has one row more: what it would be if the same errors were ranked perfectly.
+    AURC has one row more: what it would be if the same errors were ranked perfectly. T is what was applied to the logits: a number, a
+    list of one a label, or a `NormalizedTemperature`, shown as its formula.
 
     `if perfectly calibrated` is what a measure would be, on the average, if the model were right just as often as these probabilities
     say, on as many rows; 95% of such models show `at most` the number beside it. Rows of one item, such as the pixels of an image, share
@@ -131,21 +133,21 @@ def summary(self:CalibrationInterpretation,
     if average not in ('macro','worst'):
         raise ValueError(f"average must be 'macro' or 'worst', got {average!r}; by_label=True shows each label")
     if by_label: return self._by_label(n_bins)
-    bins,rows = dict(n_bins=n_bins),{}
-    probs_of = {'raw':(self.raw,1.), 'after T':(self.after,self.temperature)}
+    n,bins,options = len(self.targs),dict(n_bins=n_bins),dict(average=average, groups=self.items)
+    def value(f, probs, **kw):
+        interval = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, **options, **kw)
+        return [measure_of(f, **kw)(probs, self.targs, average).item(), *interval]
+    def perfect(f, probs, **kw): return map(float, null_floor(f, probs, self.targs, n_draws=n_boot, **options, **kw))
+
+    both = {'raw':(self.raw,1.), 'after T':(self.after,self.temperature)}
+    rows = {('accuracy','raw'): [*value(accuracy_multi if self.multi else accuracy, self.raw), *[math.nan]*2, n, 1.]} # no T changes it
     classwise = [('classwise ECE',classwise_calibration_error,bins)] if self.of_classes else []
-    for name,f,kw in [('accuracy',accuracy_multi if self.multi else accuracy,{}), ('NLL',nll,{}), ('Brier',brier_score,{}),
-                      ('ECE',calibration_error,bins), *classwise, ('smooth ECE',smooth_calibration_error,{}),
-                      ('AURC',RiskCoverageArea(),{})]:
-        for when,(probs,t) in probs_of.items():
-            if name == 'accuracy' and when != 'raw': continue # the same
-            options = dict(average=average, groups=self.items, **kw)
-            perfect = (math.nan,math.nan) if name == 'accuracy' else null_floor(f, probs, self.targs, n_draws=n_boot, **options)
-            value = measure_of(f, **kw)(probs, self.targs, average).item()
-            if name == 'AURC': _,*interval,best = aurc(probs, self.targs, n_boot=n_boot, **options)
-            else: interval = bootstrap_interval(f, probs, self.targs, n_boot=n_boot, **options)
-            rows[name,when] = [value, *interval, *map(float, perfect), len(self.targs), t]
-    rows['AURC','perfect ranking'] = [best, *[math.nan]*4, len(self.targs), math.nan] # the errors are the same, with and without T
+    for name,f,kw in [('NLL',nll,{}), ('Brier',brier_score,{}), ('ECE',calibration_error,bins), *classwise,
+                      ('smooth ECE',smooth_calibration_error,{})]:
+        for when,(probs,t) in both.items(): rows[name,when] = [*value(f, probs, **kw), *perfect(f, probs, **kw), n, t]
+    areas = {when: aurc(probs, self.targs, n_boot=n_boot, **options) for when,(probs,_) in both.items()}
+    for when,(probs,t) in both.items(): rows['AURC',when] = [*areas[when][:3], *perfect(RiskCoverageArea(), probs), n, t]
+    rows['AURC','perfect ranking'] = [areas['raw'].perfect, *[math.nan]*4, n, math.nan] # the errors are the same, with and without T
     index = pd.MultiIndex.from_tuples(rows, names=['measure','probabilities'])
     return pd.DataFrame(list(rows.values()), index, ['value','low','high','if perfectly calibrated','at most (95%)','n','T'])
 

@@ -14,7 +14,7 @@ from .kernels import functional as K
 from .kernels.checks import (check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows,
                                           class_axis, warn)
 from .kernels.targets import Smoothing, along, label_axis
-from .scaling import apply_temperature
+from .scaling import NormalizedTemperature, apply_temperature
 
 # %% ../nbs/01_losses.ipynb #50675ff6
 def _as_text(v): # of a large tensor its shape
@@ -238,8 +238,8 @@ def loss_name(loss): # A function, a module or a fastai loss
 class TemperedActivation:
     "The activation of `loss`, of logits to which `temperature` is applied first (Guo et al. 2017, arXiv:1706.04599)."
     loss:Callable # The loss whose activation it is
-    temperature:float|list # One number above 0, or one a label, along the axis that the labels of `loss` have
-    interval:tuple|list=None # Of 95% for `temperature`: low, high; or a list of them
+    temperature:float|list|NormalizedTemperature # One number above 0, or one a label, along the axis that the labels of `loss` have
+    interval:tuple|list=None # Of 95% for `temperature`, or its s: low, high; or a list of them
 
     def __call__(self, x):
         t = self._of_labels(x) if isinstance(self.temperature, list) else self.temperature
@@ -257,14 +257,15 @@ def untempered(loss): # A loss, of `tempered` or not
 
 def tempered(
     loss, # A loss with an `activation`; is left as it is
-    temperature:float|list, # One number above 0, or one a label, along the axis that the labels of `loss` have
-    interval:tuple|list=None # Of 95% for `temperature`, to be kept with it
+    temperature:float|list|NormalizedTemperature, # One number above 0, or one a label, along the axis that the labels of `loss` have
+    interval:tuple|list=None # Of 95% for `temperature`, or its s, to be kept with it
 ) -> Callable: # A loss
     "A copy of `loss` whose activation is a `TemperedActivation`; for a temperature of 1 without an interval, the original."
     original = untempered(loss)
     if isinstance(temperature, Tensor) and temperature.dim(): temperature = temperature.tolist()
     if isinstance(temperature, list) and not temperature: raise ValueError('temperature needs a value a label, got an empty list')
-    for t in temperature if isinstance(temperature, list) else [temperature]: check_number('temperature', t, 0, math.inf, strictly=True)
+    numbers = [] if isinstance(temperature, NormalizedTemperature) else temperature if isinstance(temperature, list) else [temperature]
+    for t in numbers: check_number('temperature', t, 0, math.inf, strictly=True)
     if temperature == 1 and interval is None: return original
     if not hasattr(loss, 'activation'): raise TypeError(f'{loss_name(loss)} has no activation to keep a temperature in')
     res = deepcopy(loss)

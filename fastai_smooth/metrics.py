@@ -15,9 +15,8 @@ from .scaling import cross_fitted
 
 # %% ../nbs/13_metrics.ipynb #metrclss
 class CalibrationMetric(Metric):
-    """A measure, such as `calibration_error`, as a fastai metric. It keeps sums; or rows, where a measure needs all
-    of them at once, and of more than `max_numel` numbers an even sample."""
-    max_numel = 2**23 # more would take seconds an epoch, and gigabytes
+    "A measure, such as `calibration_error`, as a fastai metric. It keeps sums, or, where a measure needs all rows at once, these."
+    max_numel = 2**23 # numbers to keep; of more rows an even sample is kept, as all would take seconds an epoch, and gigabytes
     def __init__(self,
         measure:Callable, # One of the measures, or a `Measure`
         name:str, # As it is printed, with '_worst' where asked for. fastai's trackers keep the lowest of what has 'loss' or 'error' in it

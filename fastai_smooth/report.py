@@ -63,6 +63,7 @@ def estimate(
 
 # %% ../nbs/19_report.ipynb #rprtgap0
 def _right(run): return (run['probs'].argmax(1) == run['targs']).double()
+def _pool(runs, *names): return (torch.cat([r[o] for r in runs]) for o in names)
 def _images(runs): return [r['images'] for r in runs]
 
 def _accuracy(runs): return estimate([_right(r) for r in runs], _images(runs), (0,1))
@@ -123,6 +124,18 @@ class _Compared:
         others = {m:o for m,o in self.smoothed.items() if m != self.best}
         self.ahead = {m:o._replace(mean=-o.mean) for m,o in _changes(others, self.smoothed.get(self.best, [])).items()}
 
+# %% ../nbs/19_report.ipynb #rprtcal3
+class _Calibration(NamedTuple):
+    gap:Estimate # Mean confidence minus accuracy
+    ece:float # Seeds pooled
+    off:bool # Is the ECE above that of 95% of perfectly calibrated models with these probabilities?
+    n_seeds:int
+
+def _calibration(runs):
+    probs,targs,images = _pool(runs, 'probs', 'targs', 'images')
+    ece,(_,most) = calibration_error(probs, targs).item(),null_floor(calibration_error, probs, targs, n_draws=200, groups=images)
+    return _Calibration(_gap(runs), ece, ece > most.item() + 1e-9, len(runs)) # more than rounding
+
 # %% ../nbs/19_report.ipynb #rprtwrd1
 def _plural(n, word): return f'{n} {word}' + 's'*(n != 1)
 def _and(words): return ' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
@@ -144,12 +157,19 @@ def _setting(runs):
 # %% ../nbs/19_report.ipynb #rprtwrd2
 _TELL = ', as far as these images tell'
 
-def _state(gap): return 'calibrated' if not gap.clear else 'overconfident' if gap.mean > 0 else 'underconfident'
-def _stated(gap):
-    return _state(gap) + (f' (by {abs(gap).percent()} points)' if gap.clear else f'{_TELL} (off by {gap.percent("+")} points)')
+def _state(o):
+    "In words, of a `_Calibration`"
+    if o.gap.clear: return 'overconfident' if o.gap.mean > 0 else 'underconfident'
+    return 'neither over- nor underconfident on the whole, but not calibrated' if o.off else 'calibrated'
+
+def _stated(o):
+    "With its number"
+    if o.gap.clear: return f'{_state(o)} (by {abs(o.gap).percent()} points)'
+    if o.off: return f'{_state(o)} (ECE {o.ece:.1%}' + ', seeds pooled'*(o.n_seeds > 1) + ')'
+    return f'{_state(o)}{_TELL} (off by {o.gap.percent("+")} points)'
 
 def _effect(name, change, before, after, seeds, again):
-    "A clause: what smoothing did. `before` and `after` are confidence gaps; `again`: accuracy and the probabilities have been named"
+    "A clause: what smoothing did. `before` and `after`: `_Calibration`s; `again`: accuracy and the probabilities have been named"
     what,probs = ('it','them') if again else ('accuracy','the probabilities')
     verb = 'changed' if not change.clear else 'raised' if change.mean > 0 else 'lowered'
     by = abs(change).percent() if change.clear else change.percent('+')
@@ -157,10 +177,10 @@ def _effect(name, change, before, after, seeds, again):
     became = 'left' if _state(before) == _state(after) else 'made'
     return f'{name} {verb} {what} by {by} points{seeds}{unclear} and {became} {probs} {_stated(after)}'
 
-def _level(name, right, gap, seeds, again):
+def _level(name, right, calibration, seeds, again):
     "A clause: what there was, where there is nothing to compare with"
     what,probs = ('it','they') if again else ('accuracy','the probabilities')
-    return f'{_with(name)} {what} was {right.percent()}%{seeds} and {probs} were {_stated(gap)}'
+    return f'{_with(name)} {what} was {right.percent()}%{seeds} and {probs} were {_stated(calibration)}'
 
 def _race(of, names):
     "A sentence: the best smoothing beside the others"
@@ -173,11 +193,13 @@ def _race(of, names):
 # %% ../nbs/19_report.ipynb #rprtans2
 def _clauses(of, names):
     "What smoothing did, and, of methods that nothing is known of beside none, what there was"
-    effects,levels,counts = [],[],{m: len(_pairs(o, of.none)) if m in of.effects else len(o) for m,o in of.good.items()}
+    effects,levels,calibration = [],[],{m: _calibration(o) for m,o in of.good.items()}
+    counts = {m: len(_pairs(o, of.none)) if m in of.effects else len(o) for m,o in of.good.items()}
+    none = first(o for m,o in calibration.items() if not m.eps)
     for m,runs in sorted(of.good.items(), key=lambda o: o[0] not in of.effects):
         seeds = f' in {_plural(counts[m], "seed")}' if not (effects or levels) or len({*counts.values()}) > 1 else ''
-        if m in of.effects: effects.append(_effect(names[m], of.effects[m], _gap(of.none), _gap(runs), seeds, len(effects) > 0))
-        else: levels.append(_level(names[m], _accuracy(runs), _gap(runs), seeds, len(levels) > 0))
+        if m in of.effects: effects.append(_effect(names[m], of.effects[m], none, calibration[m], seeds, len(effects) > 0))
+        else: levels.append(_level(names[m], _accuracy(runs), calibration[m], seeds, len(levels) > 0))
     return '; '.join(effects),'; '.join(levels)
 
 def _failed(name, runs):
@@ -212,8 +234,8 @@ def limits(
         which = '' if len(dull) == len(of.good) else f' {_and(dull)}'
         res.append(f'the models{which} have hardly learnt, as far as these images tell: always naming the most frequent class would be '
                    f'right for {_most_frequent(good):.1%} of them; try more --epochs')
-    if known := sorted([*of.effects.values(), *of.ahead.values()], key=lambda o: o.margin):
-        points = ' to '.join(dict.fromkeys(o.percent().split()[-1] for o in (known[0],known[-1])))
+    if known := of.effects or of.ahead: # differences from none, or, without it, between methods
+        points = max(known.values(), key=lambda o: o.margin).percent().split()[-1]
         res.append(f'with {_setting(good)} a difference in accuracy has to be about {points} points to show; more --seeds, or images, show '
                    'smaller ones')
     if len({r['seed'] for r in good}) == 1: res.append('one seed says nothing of others: give --seeds 3 or more')
@@ -242,8 +264,6 @@ def table(
     return pd.DataFrame(shown).reset_index()
 
 # %% ../nbs/19_report.ipynb #b1a8b80a
-def _pool(runs, *names): return (torch.cat([r[o] for r in runs]) for o in names)
-
 def plot_reliability(
     runs:list, # Dicts from `one_run`
     n_bins:int=10, # Bins of equal width

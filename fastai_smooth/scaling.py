@@ -7,6 +7,7 @@ __all__ = ['row_nll', 'scale_of_logits', 'check_logits', 'best_temperature', 'te
            'apply_temperature', 'cross_fitted']
 
 # %% ../nbs/12_scaling.ipynb #sclimp00
+from dataclasses import dataclass
 from fastai.basics import *
 from scipy.optimize import brentq
 from scipy.stats import chi2, f as f_distribution, t as t_distribution
@@ -124,32 +125,24 @@ def temperature_interval(
     return fitted(logits, targs, groups).interval
 
 # %% ../nbs/12_scaling.ipynb #rankbad1
-class NormalizedTemperature(float):
-    "A temperature T for normalised logits: a number that has their norm `p`, too, and is shown as the formula it stands for."
-    def __new__(cls,
-        t:float, # T, above 0
-        p:float # Of the norm, 1 or more
-    ):
-        check_number('t', t, 0, math.inf, strictly=True), check_number('p', p, 1)
-        res = super().__new__(cls, t)
-        res.p = p
-        return res
+@dataclass(frozen=True, repr=False)
+class NormalizedTemperature:
+    "What `apply_temperature` makes of logits that it normalises; shown as that formula. It is no number: nothing can be divided by it."
+    s:float # What normalised logits are multiplied by, above 0
+    p:float # Of the norm, 1 or more
 
-    def __repr__(self): return f'softmax({1/self:.4g} * (x - mean x) / |x - mean x|_{self.p:g})'
-    def __getnewargs__(self): return float(self),self.p # for pickle and copy
-    def __eq__(self, o): return isinstance(o, NormalizedTemperature) and (float(self),self.p) == (float(o),o.p) # T=1 is no plain 1.
-    def __ne__(self, o): return not self == o
-    __hash__ = float.__hash__
+    def __post_init__(self): check_number('s', self.s, 0, math.inf, strictly=True), check_number('p', self.p, 1)
+    def __repr__(self): return f'softmax({self.s:.4g} * (x - mean x) / |x - mean x|_{self.p:g})'
 
 # %% ../nbs/12_scaling.ipynb #rankbad2
 def _or_1(x): return torch.where(x == 0, 1, x)
 
 def apply_temperature(
     logits:Tensor, # Of any shape
-    temperature:float|Tensor, # Above 0
+    temperature:float|Tensor|NormalizedTemperature, # Above 0
     axis:int=-1 # Class axis, for a `NormalizedTemperature`
 ) -> Tensor: # Shaped like `logits`; normalised ones are float32, or float64 if `logits` are
-    """`logits/temperature`; for a `NormalizedTemperature` (x - mean x) / |x - mean x|_p / T of each row x, shifted so that its largest is
+    """`logits/temperature`; for a `NormalizedTemperature` s * (x - mean x) / |x - mean x|_p of each row x, shifted so that its largest is
     0, which softmax doesn't mind. Logits at -inf have no part in mean and norm. Cattelan & Silva 2024 (arXiv:2305.15508)."""
     if not isinstance(temperature, NormalizedTemperature): return logits/temperature
     x = logits if logits.dtype == torch.float64 else logits.float()
@@ -157,14 +150,15 @@ def apply_temperature(
     z = below.masked_fill(masked, 0)
     z = z / _or_1(-z.amin(axis, keepdim=True)) # from -1 to 0: no power overflows
     centred = (z - z.sum(axis, keepdim=True)/(~masked).sum(axis, keepdim=True)).masked_fill(masked, 0)
-    z = z / _or_1(torch.linalg.vector_norm(centred, temperature.p, axis, keepdim=True)) / float(temperature)
+    z = z / _or_1(torch.linalg.vector_norm(centred, temperature.p, axis, keepdim=True)) * temperature.s
     z = torch.where(below < 0, z.clamp(max=-4*torch.finfo(z.dtype).eps), z) # rounding makes no ties
     return z.masked_fill(masked, -math.inf)
 
 # %% ../nbs/12_scaling.ipynb #1d54f820
 def _check_normalized(logits, targs):
-    why = 'labels tell nothing' if targs.ndim == logits.ndim else f'all rows of {k} are the same' if (k := logits.shape[1]) < 3 else None
-    if why: raise ValueError(f'normalize=True is for one class out of three or more: {why}, normalised; normalize=False leaves them plain')
+    why = ('labels have a sigmoid each, and there is no row to normalise' if targs.ndim == logits.ndim else
+           f'normalised, all rows of {k} are the same' if (k := logits.shape[1]) < 3 else None)
+    if why: raise ValueError(f'normalize=True is for one class out of three or more: {why}; normalize=False leaves logits as they are')
 
 def _normalized(logits, p): return _chunked(lambda x: apply_temperature(x, NormalizedTemperature(1, p)), logits)
 
@@ -176,7 +170,7 @@ def _best_of(logits, targs, parts, normalize):
         for best,rows in zip(res, parts):
             t = best_temperature(z[rows], targs[rows])
             if t is None or best.nll <= (o := _nll(z[rows]/t, targs[rows])): continue
-            best.nll,best.t = o,NormalizedTemperature(t, p) if p else t
+            best.nll,best.t = o,NormalizedTemperature(1/t, p) if p else t
     return [o.t for o in res]
 
 def cross_fitted(
@@ -211,12 +205,13 @@ def _compared(logits, targs, groups):
     return NS(plain=rows[0].mean().item(), normalized=rows[1].mean().item(), better=bool(gain.mean() > margin))
 
 def _fitted_normalized(logits, targs, groups, t):
-    "`fitted` of logits that are normalised as by `t`; None where that is worse than T=1"
+    "`fitted` of logits that are normalised as by `t`, with the interval of s; None where that is worse than T=1"
     if t is None: return
     z = _normalized(logits, t.p)
     res = fitted(z, targs, groups)
     if res.best is None or _nll(z/res.best, targs) > _nll(logits, targs): return
-    res.best = res.used = NormalizedTemperature(res.best, t.p)
+    res.best = res.used = NormalizedTemperature(1/res.best, t.p)
+    res.interval = tuple(1/o if o else math.inf for o in reversed(res.interval)) # s is 1/T
     return res
 
 # %% ../nbs/12_scaling.ipynb #whichfm2

@@ -43,9 +43,9 @@ def _kept(learn, name, default): return getattr(getattr(base_loss(learn.loss_fun
 
 def temperature_of(
     learn:Learner, # Of which `fit_temperature` may have been called
-) -> float|list: # Above 0
-    """What logits of `learn` are divided by on their way to probabilities: 1. without `fit_temperature`, a list where there is one a label,
-    a `NormalizedTemperature` where they are normalised first."""
+) -> float|list|NormalizedTemperature: # Numbers are above 0
+    """What is applied to logits of `learn` on their way to probabilities. They are divided by a number, which is 1. without
+    `fit_temperature`, or by those of a list, one a label. A `NormalizedTemperature` normalises them: see `apply_temperature`."""
     return _kept(learn, 'temperature', 1.)
 
 def _has_temperature(learn): return any(t != 1 for t in L(temperature_of(learn)))
@@ -59,14 +59,14 @@ class TemperatureReminder(Callback):
              'fit_temperature again afterwards, or reset_temperature')
 
 @patch(as_prop=True)
-def temperature(self:Learner) -> float|list: # Above 0
+def temperature(self:Learner) -> float|list|NormalizedTemperature: # Numbers are above 0
     "What `temperature_of` gives; or what a subclass or a callback has set by that name."
     return vars(self).get('temperature', temperature_of(self))
 
 @patch(as_prop=True)
 def temperature_interval(self:Learner) -> tuple|list: # low, high; a list of them where there is one a label
-    """The 95% interval of the temperature that `fit_temperature` found, for normalised logits of theirs; None without one; or what others
-    have set by that name."""
+    """The 95% interval of the temperature that `fit_temperature` found, or of s where logits are normalised; None without one; or what
+    others have set by that name."""
     return vars(self).get('temperature_interval', _kept(self, 'interval', None))
 
 def _settable(name):
@@ -91,9 +91,8 @@ def _what_was_found(fits, n):
     if len(fits) > 1:
         others = f'; the others have T from {min(moved):.3g} to {max(moved):.3g}' if moved else ''
         return f'T stays 1 for {len(fits)-len(moved)} of {len(fits)} labels, where its 95% interval holds 1{others}'
-    t = fits[0].best
-    found = 'T={:.3g}, with a 95% interval from {:.3g} to {:.3g}'.format(t, *fits[0].interval)
-    if isinstance(t, NormalizedTemperature): found = f'{t}: {found}'
+    t,interval = fits[0].best,'with a 95% interval from {:.3g} to {:.3g}'.format(*fits[0].interval)
+    found = f'{t}: s={t.s:.3g}, {interval}' if isinstance(t, NormalizedTemperature) else f'T={t:.3g}, {interval}'
     found = f'{found}, from {n} predictions' if moved else f'T stays 1: the best for {n} predictions is {found}, which holds 1'
     return found + _which_form(fits[0])
 
@@ -127,14 +126,15 @@ def fit_temperature(self:Learner,
     """Fits the temperature T by which logits are divided on their way to probabilities: `get_preds`, `predict`, `tta`, `show_results`
     and exported Learners give calibrated ones. Decisions, by argmax or a threshold of .5, don't change, nor do losses and training.
 
-    Prints T and its 95% interval, `learn.temperature_interval`, but for a Learner with `no_logging`. Where it holds 1, as that of too
-    few data does, T stays 1. On the data it is fitted to, NLL is never worse than before. Where there is no best T, such as where every
-    row is right, warns and leaves T=1; warns of training data, and of a model that knows nothing. Labels that are wrong ask for too much
-    modesty: fit T to clean ones where there are any. Guo et al. 2017 (arXiv:1706.04599).
+    Prints T and its 95% interval, `learn.temperature_interval`, but for a Learner with `no_logging`. Where the interval of a plain T holds
+    1, as that of too few data does, T stays 1. On the data it is fitted to, NLL is never worse than before. Where there is no best T, such
+    as where every row is right, warns and leaves T=1; warns of training data, and of a model that knows nothing. Labels that are wrong ask
+    for too much modesty: fit T to clean ones where there are any. Guo et al. 2017 (arXiv:1706.04599).
 
-    Of normalised logits, (x - mean x) / |x - mean x|_p of each row, T is a `NormalizedTemperature`. They are taken where their cross-fitted
-    NLL is smaller, and the 95% interval of the difference excludes 0. `normalize=True` insists, unless they are worse than T=1 on these
-    data; it is a ValueError for two classes and for labels. Cattelan & Silva 2024 (arXiv:2305.15508)."""
+    Normalised logits are s * (x - mean x) / |x - mean x|_p of each row x; s and p, a `NormalizedTemperature`, take the place of T, and the
+    interval is that of s. They are taken where their cross-fitted NLL is smaller, and the 95% interval of the difference excludes 0.
+    `normalize=True` takes the best s and p, whatever the interval, unless NLL is worse than that of T=1 on these data; it is a ValueError
+    for two classes and for labels. Cattelan & Silva 2024 (arXiv:2305.15508)."""
     if normalize not in (None, True, False): raise ValueError(f'normalize must be True, False or None, got {normalize!r}')
     loss = untempered(base_loss(self.loss_func))
     check_activation(loss)
@@ -147,7 +147,7 @@ def fit_temperature(self:Learner,
     fits = [fitted_form(*o, items, normalize) for o in rows]
     ts,intervals = [o.used for o in fits],[o.interval for o in fits]
     set_loss(self, tempered(base_loss(self.loss_func), *((ts,intervals) if per_label else (ts[0],intervals[0]))))
-    if normalize and not isinstance(ts[0], NormalizedTemperature):
+    if normalize and fits[0].best is not None and not isinstance(ts[0], NormalizedTemperature):
         warn('normalised logits are no better than T=1 on these data, at any temperature: they stay as they are')
     _warn_of_data(self, dl, preds, fits)
     if self.logger is not noop and None not in intervals and not rank_distrib(): print(_what_was_found(fits, len(preds.logits)))

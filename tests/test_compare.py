@@ -176,6 +176,24 @@ def test_options_arrive(fake, tmp_path):
     compare(eps=[.2, 'online'], seeds=1, epochs=2, out=tmp_path/'python')
     assert fake[-2][1] == Method(.2) and fake[-1][1:] == (Method(.5, 'online'), 0, dict(noise=0., epochs=2, arch='resnet18', pretrained=False, bs=64, size=24, lr=3e-3, augment=False, workers=0, progress=False))
 
+def test_online_smoothing_is_uniform_in_its_first_epoch():
+    uniform, online = (one_run(few(), .5, 0, prior=prior, size=32, **TINY)['probs'] for prior in (None, 'online'))
+    assert torch.allclose(uniform, online, atol=1e-5)
+
+@pytest.mark.parametrize('args, told', [('--epochs 1', 1), ('--epochs 2', 0), ('--epochs 1 --eps 0 .1', 0), ('--epochs 1 --eps online:.7', 1)])
+def test_one_epoch_of_online_smoothing_is_told_before_the_runs(fake, tmp_path, capsys, args, told):
+    assert run(*args.split(), '--seeds', 1, '--out', tmp_path/'o') == 0
+    before, after = capsys.readouterr().out.split('Run 1 of')
+    assert before.count('Online smoothing is uniform smoothing with the same eps in its first epoch') == told and 'is uniform' not in after
+
+def test_a_frozen_epoch_teaches_online_smoothing(fake, tmp_path, capsys):
+    compare(eps=['online'], seeds=1, epochs=1, pretrained=True, out=tmp_path/'o')
+    assert 'is uniform' not in capsys.readouterr().out
+
+def test_the_legend_says_what_the_temperature_is_fitted_to(fake, tmp_path, capsys):
+    assert run('--seeds', 1, '--out', tmp_path/'o') == 0
+    assert 'divided by a temperature that was fitted to other validation images (cross-fitted)' in ' '.join(capsys.readouterr().out.split())
+
 def test_a_batch_size_that_was_not_asked_for_fits(photos, fake, monkeypatch, tmp_path, capsys):
     "Ten images in each class: 16 to train on, 12 for a pilot; what was asked for is not changed"
     monkeypatch.setattr(cmp, '_choose_eps', lambda *args, **kwargs: FOUND)

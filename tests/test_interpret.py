@@ -121,9 +121,11 @@ def test_pixels_that_are_ignored_are_left_out():
     y[::7], keep = VOID, torch.arange(320) % 7 > 0
     interp = interpret(given(z.view(20, 4, 4, 4).movedim(-1, 1), y.view(20, 4, 4), CrossEntropyLossFlat(axis=1, ignore_index=VOID)))
     near(interp.raw, z[keep].softmax(1)), near(interp.targs, y[keep])
+    images = torch.arange(20).repeat_interleave(16)[keep]   # those of an image get the temperature of other images
+    near(interp.after, cross_fitted(z[keep].double(), y[keep], groups=images).softmax(1))
     z[::7] = NAN
     others = interpret(given(z, y, CrossEntropyLossFlat(ignore_index=VOID)))
-    near(others.raw, interp.raw), near(others.after, interp.after)
+    near(others.raw, interp.raw), near(others.after, cross_fitted(z[keep].double(), y[keep]).softmax(1))
 
 def test_smoothed_losses_are_measured_on_hard_labels():
     z, y, interp, _ = found('single')

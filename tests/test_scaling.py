@@ -167,7 +167,7 @@ def test_rows_of_a_group_are_in_one_part(n_groups):
 # ---------------------------------------------------------------- normalised logits
 
 NORMS = 1, 2, 3, 4, 6
-def log_probs(z, p, t): return (normalized(z, p)/t).log_softmax(1)
+def log_probs(z, p, s): return (s*normalized(z, p)).log_softmax(1)
 
 def best_of_norms(z, y):
     "T and p with the least NLL, by search"
@@ -184,7 +184,7 @@ def rows_of_logits(draw, dtypes=(torch.float64, torch.float32, torch.bfloat16, t
     z[:, draw(st.integers(0, k-1))].clamp_(min=-6e4)
     return z.to(dtype)
 
-temperatures = st.builds(NormalizedTemperature, st.floats(1e-3, 100), st.sampled_from([*NORMS, 2.5]))
+temperatures = st.builds(NormalizedTemperature, st.floats(.01, 1e3), st.sampled_from([*NORMS, 2.5]))
 
 @drawing(rows_of_logits((D, torch.float32)), temperatures, st.sampled_from([1, -1, -2]))
 @examples(max_examples=150)
@@ -194,7 +194,7 @@ def test_apply_temperature_is_the_formula(z, t, axis):
     res = apply_temperature(x, t, axis)
     assert res.dtype == x.dtype and res.amax(axis).eq(0).all() and torch.equal(res == -INF, x == -INF)
     tol = 1e-3 if z.dtype == torch.float32 else 1e-6
-    for o in res.unbind(1 if axis == -1 else 2): near(o.double().softmax(1), log_probs(z, t.p, float(t)).exp(), tol)
+    for o in res.unbind(1 if axis == -1 else 2): near(o.double().softmax(1), log_probs(z, t.p, t.s).exp(), tol)
 
 @drawing(rows_of_logits(), temperatures)
 @examples(max_examples=300)
@@ -206,7 +206,7 @@ def test_the_largest_stay_the_largest(z, t):
 
 def test_rows_that_have_no_shape():
     "all alike: uniform over what is not masked; all masked or nan: nan, as of softmax; of any size, without overflow"
-    t = NormalizedTemperature(.1, 3)
+    t = NormalizedTemperature(10, 3)
     near(apply_temperature(tensor([[7., 7, 7, 7], [-INF, 7, 7, -INF], [2., -INF, -INF, -INF]]), t).softmax(1), [[.25]*4, [0, .5, .5, 0], [1, 0, 0, 0]])
     for bad in [-INF]*3, [1., math.nan, 2.], [1., INF, 2.]: assert apply_temperature(tensor([bad, [1., 2., 4.]]), t).softmax(1).isnan().all(1).tolist() == [True, False]
     x = tensor([[1., 2., 4.], [-3., 0., 2.]])
@@ -217,13 +217,21 @@ def test_a_plain_temperature_divides():
     z = torch.randn(2, 3)
     same(apply_temperature(z, 3.), z/3), same(apply_temperature(z, tensor([1., 2., 3.])), z/tensor([1., 2., 3.]))
 
-def test_normalized_temperature_is_a_number_with_a_norm():
-    t = NormalizedTemperature(1/14.2, 3)
-    assert repr(t) == str(t) == f'{t}' == 'softmax(14.2 * (x - mean x) / |x - mean x|_3)' and f'{t:.3f}' == '0.070' and t == NormalizedTemperature(1/14.2, 3)
+def test_normalized_temperature_is_its_formula():
+    t = NormalizedTemperature(14.36, 6)
+    assert repr(t) == str(t) == f'{t}' == 'softmax(14.36 * (x - mean x) / |x - mean x|_6)' and t == NormalizedTemperature(14.36, 6)
     one = NormalizedTemperature(1, 2)
     assert one != 1. and 1. != one and not one == 1. and one != NormalizedTemperature(1, 3) and one not in (1., 2.) and len({one, NormalizedTemperature(1, 2), 1.}) == 2
     for o in deepcopy(t), copy(t), *(pickle.loads(pickle.dumps(t, i)) for i in range(pickle.HIGHEST_PROTOCOL+1)):
-        assert o == t and type(o) is NormalizedTemperature and o.p == 3
+        assert o == t and type(o) is NormalizedTemperature and (o.s, o.p) == (14.36, 6)
+
+def test_normalized_temperature_is_no_number():
+    "it would lose its norm, and plain logits, divided by it, would be silently wrong"
+    t, z = NormalizedTemperature(10., 3), torch.randn(2, 3)
+    assert not isinstance(t, float) and not is_listy(t)
+    for f in (lambda: z/t, lambda: z.numpy()/t, lambda: 1/t, lambda: t*1, lambda: round(t), lambda: float(t), lambda: math.log(t), lambda: f'{t:.2f}'):
+        with pytest.raises(TypeError): f()
+    with pytest.raises(AttributeError): t.s = 2.
 
 def test_cross_fitted_normalises_by_other_rows():
     "T and p of each part are the best of all others; the parts are those of the plain form"
@@ -232,7 +240,7 @@ def test_cross_fitted_normalises_by_other_rows():
     for t in {round(o, 7) for o in ts.tolist()}:
         rows = (ts-t).abs() < 1e-7
         best, p = best_of_norms(z[~rows], y[~rows])
-        near(res[rows].log_softmax(1), log_probs(z[rows], p, best), 1e-3)
+        near(res[rows].log_softmax(1), log_probs(z[rows], p, 1/best), 1e-3)
     assert cross_fitted(z.half(), y, normalize=True).dtype == torch.half
 
 # ---------------------------------------------------------------- which form
@@ -242,7 +250,8 @@ def test_the_form_is_chosen_by_what_the_size_of_a_row_says():
     z, y = drawn_by_shape(500, 5)
     fit, (t, p) = fitted_form(z, y), best_of_norms(z, y)
     assert isinstance(fit.used, NormalizedTemperature) and fit.used == fit.best and fit.used.p == p
-    near(math.log(fit.used), math.log(t), 1e-4), near(np.log(fit.interval), np.log(temperature_interval(normalized(z, p), y)), 1e-3)
+    near(math.log(fit.used.s), -math.log(t), 1e-4), near(np.log(fit.interval), -np.log(temperature_interval(normalized(z, p), y)[::-1]), 1e-3)
+    assert fit.interval[0] < fit.used.s < fit.interval[1]   # of s, as it is shown
     near([fit.compared.plain, fit.compared.normalized], [row_nll(cross_fitted(z, y, normalize=o), y).mean() for o in (False, True)])
     plain = fitted(z, y)
     assert vars(fitted_form(z, y, normalize=False)) == vars(plain) | dict(compared=None) and type(plain.used) is float
@@ -284,7 +293,12 @@ def test_normalised_where_that_is_worse():
 def test_a_sample_chooses_and_all_rows_are_fitted():
     z, y = drawn_by_shape(70_000, 3)
     t = fitted_form(z, y, normalize=True).used
-    near(t, best_temperature(apply_temperature(z, NormalizedTemperature(1, t.p)), y), 1e-9)
+    near(1/t.s, best_temperature(apply_temperature(z, NormalizedTemperature(1, t.p)), y), 1e-9)
+
+def test_an_interval_without_ends():
+    "of few rows: any s is possible"
+    z, y = drawn_by_shape(10, 5)
+    assert fitted_form(z, y, torch.zeros(10), normalize=True).interval == (0., INF)
 
 @pytest.mark.parametrize('k, why', [(1, 'all rows of 1 are the same'), (2, 'all rows of 2 are the same')])
 def test_what_normalises_to_nothing_is_refused(k, why):
@@ -298,7 +312,7 @@ def test_what_normalises_to_nothing_is_refused(k, why):
 def test_labels_are_not_normalised(kind):
     z, y = of_kind(kind)
     for f in cross_fitted, fitted_form:
-        with pytest.raises(ValueError, match='labels tell nothing'): f(z, y, normalize=True)
+        with pytest.raises(ValueError, match='labels have a sigmoid each, and there is no row to normalise'): f(z, y, normalize=True)
     assert fitted_form(z, y).compared is None
 
 # ---------------------------------------------------------------- bad and odd arguments
@@ -316,6 +330,6 @@ TABLE = {f'{f.__name__} {kind}': Row(f, scores(kind, **options), (BAD_CLASSES if
                                      dict(logits=fuzz.FLOATS + fuzz.HALF, targs=fuzz.INTEGERS if kind == 'classes' else fuzz.LABELS), examples=2)
          for f, options, more in ((best_temperature, {}, {}), (temperature_interval, dict(groups=torch.arange(12)//3), dict(groups=[torch.zeros(3)])),
                                   (cross_fitted, dict(folds=3, seed=0, groups=torch.arange(12)//2), dict(folds=fuzz.BAD_COUNT, seed=fuzz.BAD_SEED, groups=[torch.zeros(3)]))) for kind in KINDS}
-TABLE['NormalizedTemperature'] = Row(NormalizedTemperature, st.fixed_dictionaries(dict(t=st.floats(1e-9, 1e9), p=st.floats(1, 10))),
-                                     dict(t=[0, -1., fuzz.NAN, INF, 'x', None, True, [1.]], p=[.5, -1, fuzz.NAN, 'x', None, True, [2]]))
+TABLE['NormalizedTemperature'] = Row(NormalizedTemperature, st.fixed_dictionaries(dict(s=st.floats(1e-9, 1e9), p=st.floats(1, 10))),
+                                     dict(s=[0, -1., fuzz.NAN, INF, 'x', None, True, [1.]], p=[.5, -1, fuzz.NAN, 'x', None, True, [2]]))
 test_refuses, test_takes = fuzz.both_tests(TABLE, subclasses=(TensorBase, TensorCategory))

@@ -146,7 +146,8 @@ def test_where_there_is_none_it_warns_and_keeps_one(make):
 # ---------------------------------------------------------------- normalised logits
 
 def by_shape(loss=None, n=400, **kwargs): return given(*drawn_by_shape(n, 5), loss, **kwargs)
-def normalised_probs(learn, z): return (normalized(z, learn.temperature.p)/float(learn.temperature)).softmax(1)
+def normalised_probs(learn, z): return (learn.temperature.s*normalized(z, learn.temperature.p)).softmax(1)
+def interval_of_s(*args): return [1/o for o in reversed(temperature_interval(*args))]
 
 @pytest.mark.parametrize('loss', [None, LabelSmoothingCrossEntropyFlat(.2), LabelSmoothingCrossEntropy(.2)], ids=['fastai', 'flat', 'module'])
 def test_logits_are_normalised_where_their_size_says_nothing(loss):
@@ -156,7 +157,9 @@ def test_logits_are_normalised_where_their_size_says_nothing(loss):
     assert learn.fit_temperature() is learn and has_reminder(learn)
     (z, y), t = valid_logits(learn), learn.temperature
     assert isinstance(t, NormalizedTemperature)
-    near(math.log(t), math.log(best_by_search(normalized(z, t.p), y)), 1e-4), near(learn.temperature_interval, temperature_interval(normalized(z, t.p), y), 1e-4)
+    near(math.log(t.s), -math.log(best_by_search(normalized(z, t.p), y)), 1e-4), near(learn.temperature_interval, interval_of_s(normalized(z, t.p), y), 1e-3)
+    near(apply_temperature(z, t).softmax(1), learn.get_preds()[0], 1e-5)
+    with pytest.raises(TypeError): z/t   # would be silently wrong
     after = learn.get_preds(with_decoded=True, with_loss=True)
     near(after[0], normalised_probs(learn, z), 1e-5), same(after[2], before[2]), same(after[3], before[3])
     assert learn.validate() == validated and learn.fit_temperature().temperature == t   # again: of raw logits
@@ -176,7 +179,7 @@ def test_it_says_which_form_and_why(capsys):
     said, (z, y) = printed(capsys, learn), valid_logits(learn)
     plain, normalised = (row_nll(cross_fitted(z, y, normalize=o), y).mean() for o in (False, True))
     t, (low, high) = learn.temperature, learn.temperature_interval
-    assert said == (f'{t}: T={t:.3g}, with a 95% interval from {low:.3g} to {high:.3g}, from 400 predictions; cross-fitted NLL {normalised:.4f}, and {plain:.4f} without '
+    assert said == (f'{t}: s={t.s:.3g}, with a 95% interval from {low:.3g} to {high:.3g}, from 400 predictions; cross-fitted NLL {normalised:.4f}, and {plain:.4f} without '
                     'normalising\n')
     assert str(t).startswith('softmax(') and f'keeps the temperature {t} that was' in said_by(lambda: learn.fit(1, lr=0.))[0]
     gain_by_chance = given(*drawn_by_shape(60, 5, spread=.3))
@@ -190,6 +193,20 @@ def test_normalised_where_that_is_worse_warns():
     assert 'no better than T=1' in message
     check_calibrated(learn, learn.temperature)
 
+def test_normalised_where_there_is_no_best_warns_once():
+    z = drawn(200, 5)[0]
+    learn = given(z, z.argmax(1))
+    message, = said_by(lambda: learn.fit_temperature(normalize=True))
+    assert 'no temperature is best' in message and learn.temperature == 1.
+
+def test_normalised_is_the_best_whatever_its_interval():
+    "T of the plain form stays 1 where its interval holds 1; of s none says that it may as well be another"
+    learn = given(*drawn_by_shape(60, 5, spread=.3))
+    assert learn.fit_temperature().temperature == 1. and learn.temperature_interval[0] < 1 < learn.temperature_interval[1]
+    (z, y), t = valid_logits(learn), learn.fit_temperature(normalize=True).temperature
+    near(math.log(t.s), -math.log(best_by_search(normalized(z, t.p), y)), 1e-4)
+    assert mean_nll(apply_temperature(z, t), y) <= mean_nll(z, y)
+
 def test_masks_are_normalised_along_their_classes():
     "pixels of an image together, those to be ignored left out"
     z, y = drawn_by_shape(40*16, 4)
@@ -198,8 +215,8 @@ def test_masks_are_normalised_along_their_classes():
     for axis in 1, -3:
         learn = given(x, y.view(40, 4, 4), CrossEntropyLossFlat(axis=axis, ignore_index=VOID)).fit_temperature()
         t, keep = learn.temperature, y != VOID
-        near(math.log(t), math.log(best_by_search(normalized(z[keep], t.p), y[keep])), 1e-4)
-        near(learn.temperature_interval, temperature_interval(normalized(z, t.p)[keep], y[keep], torch.arange(40).repeat_interleave(16)[keep]), 1e-4)
+        near(math.log(t.s), -math.log(best_by_search(normalized(z[keep], t.p), y[keep])), 1e-4)
+        near(learn.temperature_interval, interval_of_s(normalized(z, t.p)[keep], y[keep], torch.arange(40).repeat_interleave(16)[keep]), 2e-3)
         near(learn.get_preds()[0].movedim(1, -1).reshape(-1, 4), normalised_probs(learn, z), 1e-5)
 
 def test_smoothing_carries_a_normalised_temperature():
@@ -214,9 +231,12 @@ def test_smoothing_carries_a_normalised_temperature():
     assert by_shape().fit_temperature().reset_temperature().temperature == 1.
 
 def test_it_is_interpreted_as_it_predicts():
-    interp = CalibrationInterpretation.from_learner(learn := by_shape().fit_temperature())
+    interp, t = CalibrationInterpretation.from_learner(learn := by_shape().fit_temperature()), learn.temperature
     near(interp.after, learn.get_preds()[0], 1e-5), near(interp.raw, valid_logits(learn)[0].softmax(1), 1e-6)
-    assert interp.temperature == learn.temperature and [*interp._titled] == ['raw', f'after T={learn.temperature:.2f} of normalised logits']
+    assert interp.temperature == t and interp.plot_confidences(return_fig=True).axes[1].get_title() == f'after normalising (s={t.s:.3g}, p={t.p:g})'
+    plt.close('all')
+    table = interp.summary(n_boot=20).round(4)
+    assert all(o == t for o in table.xs('after T', level=1)['T']) and (table.xs('raw', level=1)['T'] == 1.).all() and str(t) in table.to_string()
 
 # ---------------------------------------------------------------- shapes of output
 
@@ -343,9 +363,9 @@ REFUSED = dict(
     other=(lambda: single(OtherActivation()), Learner.fit_temperature, TypeError, 'the activation of OtherActivation is not softmax'),
     classes=(single, lambda o: o.fit_temperature(per_label=True), ValueError, 'per_label'),
     two=(lambda: given(*drawn(60, 2)), lambda o: o.fit_temperature(normalize=True), ValueError, 'all rows of 2 are the same'),
-    normalised_labels=(multi, lambda o: o.fit_temperature(normalize=True), ValueError, 'labels tell nothing'),
-    normalised_per_label=(multi, lambda o: o.fit_temperature(per_label=True, normalize=True), ValueError, 'labels tell nothing'),
-    normalised_events=(lambda: given(*drawn(60, 0, multi=True)), lambda o: o.fit_temperature(normalize=True), ValueError, 'labels tell nothing'),
+    normalised_labels=(multi, lambda o: o.fit_temperature(normalize=True), ValueError, 'labels have a sigmoid each'),
+    normalised_per_label=(multi, lambda o: o.fit_temperature(per_label=True, normalize=True), ValueError, 'labels have a sigmoid each'),
+    normalised_events=(lambda: given(*drawn(60, 0, multi=True)), lambda o: o.fit_temperature(normalize=True), ValueError, 'labels have a sigmoid each'),
     no_targets=(single, fitted_to([(torch.ones(4),)]*9), ValueError, 'target'), ignored=(single, fitted_to([(torch.ones(4), tensor(-100))]*9), ValueError, 'target'),
     empty=(single, fitted_to([]), ValueError, 'no predictions'))
 
