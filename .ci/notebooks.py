@@ -19,7 +19,7 @@ from PIL import Image
 root, bin = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
 SAVED_ON = 'AuthenticAMD'
 PROCESSOR = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-TRAINED = re.compile(r'(\d+_)?(interpret|compare|online|price|multi_label|noisy_labels|overconfidence|segmentation)')
+TRAINED = re.compile(r'(\d+_)?(interpret|compare|metrics|online|price|multi_label|noisy_labels|overconfidence|segmentation)')
 REPRODUCIBLE = dict(OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
 NUMBER = re.compile(r'(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?', re.I)
 SOURCE = re.compile(r'\[source\]\(\S*\)(?:\{[^}]*\})?')

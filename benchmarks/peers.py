@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 warnings.filterwarnings('ignore', category=FutureWarning) # fastai's own use of torch.jit.script
-from fastai.losses import BCEWithLogitsLossFlat, LabelSmoothingCrossEntropyFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import TensorBase
 from fastai.vision.all import Callback, DataLoader, DataLoaders, Learner, TensorCategory, TensorImage, TensorMultiCategory, xresnet18
 

@@ -19,7 +19,7 @@ from .smoothed import is_online, sigmoid_losses, softmax_options, unsmoothed, wi
 
 # %% ../nbs/07_online.ipynb #onlcls00
 class OnlineLabelSmoothing(Callback):
-    """Smooths to what the model predicted in the epoch before: the target of a row of class y is (1-eps)*onehot(y) + eps*S[y].
+    """Smooths to what the model predicted in the epoch before: the target of a row of class y is `(1-eps)*onehot(y) + eps*S[y]`.
 
     S[y] is the mean softmax, over the last training epoch, of the rows of class y that were predicted right; uniform in the first epoch,
     and for a class without such a row. It stays from fit to fit, and goes with the callback. Validation is on hard labels. For cross
@@ -106,11 +106,13 @@ def _put_back(self:OnlineLabelSmoothing):
 
 @patch
 def before_train(self:OnlineLabelSmoothing):
+    "Forget the sums of an epoch that was not finished."
     self._sums,self._trains = None,not self.learn._grab_cbs(LRFinder) # whose training is undone
 
 # %% ../nbs/07_online.ipynb #onlacc00
 @patch
 def after_loss(self:OnlineLabelSmoothing):
+    "Add up what the model gives to the rows that are right."
     if self._trains:
         with torch.no_grad(): self._add(*prediction_rows(self.pred, self._targets(), self._loss()))
 
@@ -141,7 +143,7 @@ def _add(self:OnlineLabelSmoothing, logits, targs, keep):
 # %% ../nbs/07_online.ipynb #onlend01
 @patch
 def after_train(self:OnlineLabelSmoothing):
-    "S of this epoch, for the next; over the rows of all processes"
+    "S of this epoch, for the next; over the rows of all processes."
     if self._sums is None: return
     sums,counts,self._sums,self._counts = self._sums,self._counts[:,None],None,None
     if num_distrib() > 1:
@@ -151,7 +153,9 @@ def after_train(self:OnlineLabelSmoothing):
     self.install()
 
 @patch
-def after_cancel_epoch(self:OnlineLabelSmoothing): self._sums = None
+def after_cancel_epoch(self:OnlineLabelSmoothing):
+    "Forget the sums of an epoch that is not finished."
+    self._sums = None
 OnlineLabelSmoothing.after_cancel_fit = OnlineLabelSmoothing.after_cancel_epoch
 
 # %% ../nbs/07_online.ipynb #onlplt00

@@ -145,7 +145,7 @@ def aurc(
     targs:Tensor, # (N,) of 0/1 or of class indices, or (N,K) of 0/1
     average:str='macro', # Labels: 'macro' mean, the 'worst' one here, or None for one of each label
     level:float=.95, # Share in (0,1) of samples whose interval holds the truth
-    n_boot:int=1000, # Bootstrap samples; fewer, but not below 200, of more than ten labels
+    n_boot:int=1000, # Bootstrap samples; of M labels at most 10,000/M, but 200
     groups:Tensor=None, # (N,) rows with the same number belong together, such as the pixels of an image (None: all are independent)
     seed:int=0, # Decides the draws
 ) -> RankingError: # aurc, low, high, perfect

@@ -111,5 +111,5 @@ def test_steps_of_a_learner(monkeypatch):
     import peers
     monkeypatch.setattr(peers, 'xresnet18', lambda n_out: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, n_out)))
     rows = peers.learner_steps(rounds=1, batches=1)
-    assert [r['name'] for r in rows] == ['ours Flat', 'fastai Flat', 'multi-label, no callback', 'multi-label, callback']
-    assert rows[0]['vs_ours'] == rows[2]['vs_ours'] == [1, 1, 1] and 'multi-label, callback' in peers.step_table(rows)
+    assert [r['name'] for r in rows] == ['ours Flat', 'fastai Flat', 'online', 'multi-label, no callback', 'multi-label, callback']
+    assert rows[0]['vs_ours'] == rows[3]['vs_ours'] == [1, 1, 1] and 'multi-label, callback' in peers.step_table(rows)
