@@ -101,16 +101,18 @@ class RiskCoverageArea(Measure):
         return self.value((torch.arange(1-n, 1) + sums[:,-1:]).clamp(min=0))
 
 # %% ../nbs/11_ranking.ipynb #rnkdrawn
-def _integral(u): return u + torch.special.entr(u) # of log(1/u), from 0
+# A wrong row at u, a share of the rows, is among the surest c for all c from u to 1, and counts 1/c there: in all it adds the
+# integral of 1/c from u to 1, log(1/u), to the area. Rows from u to v that are wrong add the integral of log(1/u) between them.
+def _integral_of_log(u): return u + torch.special.entr(u) # u - u log u, from 0 to u
 
 def _drawn_areas(n, errors, place, added):
     """Areas (2,n_boot) of samples with `n` (n_boot,cells) rows in each cell, the surest first, of which `errors` are wrong; and with a row
     that weighs `added` (n_boot,1) and is right, then wrong, after a share `place` of the others."""
     share,covered = errors/n.clamp(min=1e-300),F.pad(n.cumsum(1), (1,0))
     total,at = covered[:,-1:]+added,place*covered[:,-1:]
-    area = (share*_integral((covered + added*(covered > at))/total).diff()).sum(1)
+    area = (share*_integral_of_log((covered + added*(covered > at))/total).diff()).sum(1)
     here = share.gather(1, (covered[:,1:] <= at).sum(1, keepdim=True))[:,0] # as the cell would be without that row
-    part = _integral(torch.cat([at, at+added], 1)/total).diff()[:,0]
+    part = _integral_of_log(torch.cat([at, at+added], 1)/total).diff()[:,0]
     return torch.stack([area + (y-here)*part for y in (0,1)])
 
 # %% ../nbs/11_ranking.ipynb #rnkintvl

@@ -12,6 +12,7 @@ from fastai.basics import *
 from scipy.optimize import brentq
 from scipy.stats import chi2, f as f_distribution, t as t_distribution
 from .kernels.checks import check_dense, check_number, check_values, check_whole
+from .intervals import numbered
 
 # %% ../nbs/12_scaling.ipynb #5d86e3ae
 def row_nll(
@@ -83,13 +84,6 @@ def best_temperature(
     return res if _nll(logits/res, targs) <= _nll(logits, targs) else 1.
 
 # %% ../nbs/12_scaling.ipynb #interval
-def _numbered(groups, n):
-    "Groups by number from 0 (N,); None: each row is one"
-    if groups is None: return torch.arange(n)
-    if groups.shape != (n,):
-        raise ValueError(f'groups must say of each of the {n} rows to which it belongs, got shape {tuple(groups.shape)}')
-    return groups.unique(return_inverse=True)[1]
-
 def _likelihood_ratio(logits, targs, beta, groups):
     "Twice what the log likelihood may be below the best one: the 95% quantile, larger where rows of a group depend on each other"
     n = int(groups.max())+1
@@ -105,7 +99,7 @@ def fitted(logits, targs, groups=None):
     best = best_temperature(logits, targs)
     if best is None: return NS(best=None, interval=None, used=1.)
     logits,targs = check_logits(logits, targs)
-    limit = _nll(logits/best, targs) + _likelihood_ratio(logits, targs, 1/best, _numbered(groups, len(logits)))/2/targs.numel()
+    limit = _nll(logits/best, targs) + _likelihood_ratio(logits, targs, 1/best, numbered(groups, len(logits))[0])/2/targs.numel()
     def above(log_beta): return _nll(logits*math.exp(log_beta), targs) - limit
     def end(*between): return math.exp(-brentq(above, *between, xtol=1e-4))
     (low,high),at = _ranges(logits)[-1],-math.log(best)
@@ -121,7 +115,7 @@ def temperature_interval(
     """The 95% interval of `best_temperature`: all T whose likelihood is not much below that of the best, by the likelihood ratio (Wilks
     1938). The labels of a row belong together, and rows of a group do: it is the wider for that."""
     check_logits(logits, targs)
-    _numbered(groups, len(logits))
+    numbered(groups, len(logits)) # do they fit?
     return fitted(logits, targs, groups).interval
 
 # %% ../nbs/12_scaling.ipynb #rankbad1
@@ -185,7 +179,7 @@ def cross_fitted(
     x,y = check_logits(logits, targs)
     check_whole('folds', folds, 1), check_whole('seed', seed)
     if normalize: _check_normalized(x, y)
-    groups = _numbered(groups, len(x))
+    groups = numbered(groups, len(x))[0]
     parts = torch.randperm(len(groups.unique()), generator=torch.Generator().manual_seed(seed)).chunk(folds)
     parts = [torch.isin(groups, o) for o in parts]
     res = logits.detach().clone() if logits.is_floating_point() else x.clone()
@@ -198,7 +192,7 @@ def cross_fitted(
 def _compared(logits, targs, groups):
     "Cross-fitted NLL of both forms, and is the normalised one's `better`: does the 95% interval of the mean gain, by t, exclude 0?"
     rows = [row_nll(cross_fitted(logits, targs, groups=groups, normalize=o), targs) for o in (False, True)]
-    gain,groups = rows[0]-rows[1],_numbered(groups, len(logits))
+    gain,groups = rows[0]-rows[1],numbered(groups, len(logits))[0]
     n = int(groups.max())+1
     sums = torch.zeros(n, dtype=torch.double).index_add_(0, groups, gain-gain.mean()) # what rows of a group gain goes together
     margin = t_distribution.ppf(.975, n-1) * math.sqrt(sums.square().sum().item()*n/(n-1)) / len(gain) if n > 1 else math.inf
