@@ -11,9 +11,9 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from dataclasses import dataclass
 from .kernels import functional as K
-from .kernels.checks import (check_eps, check_factors, check_number, check_prior, check_smoothing, check_soft_rows,
+from .kernels.checks import (check_eps, check_factors, check_label_eps, check_number, check_prior, check_smoothing, check_soft_rows,
                                           class_axis, warn)
-from .kernels.targets import Smoothing, along, label_axis
+from .kernels.targets import Smoothing, along, eps_pair, label_axis
 from .scaling import NormalizedTemperature, apply_temperature
 
 # %% ../nbs/01_losses.ipynb #50675ff6
@@ -33,9 +33,8 @@ class _Smooth(nn.Module):
     eps = property(lambda self: self._eps, doc='How much is smoothed; can be set, and is checked when it is.')
     @eps.setter
     def eps(self, v):
-        v = check_eps(K.unwrapped('eps', v) if isinstance(v, Tensor) else v, self._top, values=not (isinstance(v, Tensor) and K.tracing(v)))
-        self._check(v)
-        if not isinstance(v, Tensor) and v == self._top and v != self.__dict__.get('_eps'): warn(self._at_top)
+        v = self._checked(K.unwrapped('eps', v) if isinstance(v, Tensor) else v)
+        if not isinstance(v, Tensor) and self._moved(v) == 1 and v != self.__dict__.get('_eps'): warn(self._at_top)
         if hasattr(self, '_eps'): del self._eps # a module refuses a number where it had a buffer
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
         else: self._eps = v
@@ -54,7 +53,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
     Equals `nn.CrossEntropyLoss(label_smoothing=eps)` where that is finite. Takes logits with K classes along `axis`, and class indices
     (without that axis) or soft labels shaped like the logits; gives, in nats, a float32 scalar, or a value a row for `reduction='none'`."""
     y_int,_looked = True,False # y interpolation; at soft targets on a GPU
-    _top,_at_top = 1.,'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
+    _at_top = 'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
     def __init__(self,
         eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
         *, prior:Tensor=None, # Where the mass goes: [K], or [K,K] with a row for each true class (None: all classes alike)
@@ -91,11 +90,16 @@ def smoothing(self:LabelSmoothingCrossEntropy, eps:float=None): # Another smooth
     return Smoothing(self.eps if eps is None else eps, self.prior, self.spread, self.multi_hot)
 
 @patch
-def _check(self:LabelSmoothingCrossEntropy, eps):
-    "All options together; their values as long as they are on the CPU, where reading them stalls nothing."
+def _checked(self:LabelSmoothingCrossEntropy, eps):
+    "eps, after a look at all options together; at their values as long as they are on the CPU, where reading them stalls nothing."
+    eps = check_eps(eps, values=not (isinstance(eps, Tensor) and K.tracing(eps)))
     tensors = [v for v in (eps,self.prior,self.weight) if isinstance(v, Tensor)]
     check_smoothing(self.smoothing(eps), first(v.shape[-1] for v in tensors if v.dim()), self.weight,
                     values=all(v.device.type=='cpu' for v in tensors) and not K.tracing(*tensors))
+    return eps
+
+@patch
+def _moved(self:LabelSmoothingCrossEntropy, eps): return eps # how much the label loses
 
 @patch
 def _look(self:LabelSmoothingCrossEntropy, input, target):
@@ -109,12 +113,13 @@ def _look(self:LabelSmoothingCrossEntropy, input, target):
 class LabelSmoothingBCEWithLogits(_Smooth):
     """Binary cross entropy with label smoothing, for multi-label targets: a module over `smooth_binary_cross_entropy_with_logits`.
 
-    A positive becomes 1-eps and a negative eps, so Keras' `label_smoothing` is twice this eps. Takes logits of any shape, and labels of
+    A positive becomes 1-eps and a negative eps, so Keras' `label_smoothing` is twice this eps; with a pair, eps=(e0,e1), a negative becomes
+    e0 and a positive 1-e1: (.1, 0.) for labels of which some are missing (Cole et al. 2021, arXiv:2106.09708). Takes logits of any shape, and labels of
     that shape (bool, integer or floating); gives, in nats, a float32 scalar, or a value a logit for `reduction='none'`."""
-    _top,_at_top = .5,'eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05'
+    _at_top = 'eps=.5 makes positives and negatives the same target, as does a pair whose sum is 1: there is nothing to learn from it'
     def __init__(self,
-        eps:float=.05, # Smoothing in [0,1/2]
-        *, prior:Tensor=None, # [K] label frequencies to smooth to, instead of 1/2
+        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair, of negatives and of positives, whose sum is at most 1
+        *, prior:Tensor=None, # [K] label frequencies to smooth to instead of 1/2, or [2,K]: what to smooth negatives and positives to
         weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: broadcasts to the logits
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
@@ -129,7 +134,8 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         check_number('thresh', thresh)
         self.eps,self.thresh,self.axis = eps,thresh,axis
 
-    def _check(self, eps): pass # its range says it all
+    def _checked(self, eps): return check_label_eps(eps, self.prior)
+    def _moved(self, eps): return sum(eps_pair(eps))
     def forward(self, input, target, eps=None):
         return K.binary_cross_entropy(input, target, self.eps if eps is None else eps, self.prior, self.weight, self.pos_weight,
                                       self.reduction, self.axis, self.backend)
@@ -196,14 +202,15 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
         return targ if dense or targ.shape == shape or targ.numel() != shape.numel() else targ.reshape(shape)
 
 class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
-    """Binary cross entropy with label smoothing as a fastai loss, for multi-label targets. A positive becomes 1-eps, a negative eps.
+    """Binary cross entropy with label smoothing as a fastai loss, for multi-label targets. A positive becomes 1-eps, a negative eps; or with a pair
+    eps=(e0,e1), 1-e1 and e0.
 
     It smooths in validation too; `MultiLabelSmoothingCallback` doesn't. Labels are shaped like the logits: bool, integer or floating."""
     thresh = _of_module('thresh')
 
     @delegates(LabelSmoothingBCEWithLogits)
     def __init__(self,
-        eps:float=.05, # Smoothing in [0,1/2]
+        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair, of negatives and of positives, whose sum is at most 1
         *, axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
         **kwargs # Of `LabelSmoothingBCEWithLogits`

@@ -68,11 +68,22 @@ def check_eps(eps, top=1., num_classes=None, values=True):
             why = " (labels: a positive becomes 1-eps, a negative eps, so that at .5 they are the same)" if top < 1 else ""
             raise ValueError(f"eps must be in [0, {top:g}], got {eps}{why}")
         return eps
-    if top < 1: raise ValueError(f"one eps a class is for the softmax loss, the sigmoid one takes a number; got shape {tuple(eps.shape)}")
+    if top < 1: raise ValueError(f"one eps a class is for the softmax loss, the sigmoid one takes a number, or a pair; got shape {tuple(eps.shape)}")
     check_shape('eps', eps, num_classes, 1)
     if values and not bool(((eps >= 0) & (eps <= top)).all()):
         raise ValueError(f"every eps must be in [0, {top:g}], got {eps.tolist()}")
     return eps
+
+def check_label_eps(eps, prior=None):
+    """`eps` of labels: a float in [0, 1/2], or a pair of floats in [0, 1], the smoothing of negatives and of positives, whose sum is 1 at
+    most. A pair says what a `prior` would say, and is refused beside one."""
+    if isinstance(eps, Tensor) or isinstance(eps, str) or not hasattr(eps, '__len__'): return check_eps(eps, .5)
+    if len(eps) != 2: raise ValueError(f"eps of labels must be a number, or a pair (of negatives, of positives), got {eps!r}")
+    e0, e1 = (check_eps(e) for e in eps)
+    if e0 + e1 > 1:
+        raise ValueError(f"eps=({e0:g}, {e1:g}) makes a negative {e0:g} and a positive {1 - e1:g}, which is less: their sum must be 1 at most")
+    if prior is not None: raise ValueError(f"eps=({e0:g}, {e1:g}), one for negatives and one for positives, takes no prior")
+    return e0, e1
 
 def check_shape(name, v, num_classes, dims):
     "`v` has `dims` axes of size `num_classes` (of any one size when that is None)."
@@ -82,14 +93,21 @@ def check_shape(name, v, num_classes, dims):
         raise ValueError(f"{name} must have shape {(k,) * dims} for {k} classes, got {tuple(v.shape)}")
 
 def check_prior(prior, num_classes=None, sigmoid=False, values=True):
-    "`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid head a probability a label."
-    dims = 2 if isinstance(prior, Tensor) and prior.dim() == 2 and not sigmoid else 1
-    check_shape('prior', prior, num_classes, dims)
+    """`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid head a probability a label ([K], [2,K] with
+    those of negatives and of positives)."""
+    dims = 2 if isinstance(prior, Tensor) and prior.dim() == 2 else 1
+    if sigmoid and dims == 2:
+        if len(prior) != 2: raise ValueError(f"prior of labels must be [K], or [2,K] for negatives and positives, got {tuple(prior.shape)}")
+        for row in prior: check_shape('each row of prior', row, num_classes, 1)
+    else: check_shape('prior', prior, num_classes, dims)
     if not values: return
     check_values('prior', prior)
     if not bool((prior >= 0).all()): raise ValueError(f"prior must not be negative or nan, got {prior.min().item()}")
     if sigmoid:
         if not bool((prior <= 1).all()): raise ValueError(f"prior must be probabilities in [0, 1], got {prior.max().item()}")
+        if dims == 2 and not bool((prior[0] <= prior[1]).all()):
+            k = int((prior[0] - prior[1]).argmax())
+            raise ValueError(f"prior must not be larger for negatives than for positives, got {prior[:,k].tolist()} for label {k}")
     else:
         total = prior.double().sum(-1)
         # A prior of thousands of float16 or bfloat16 values carries their rounding
@@ -99,15 +117,18 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
             worst = total.flatten()[(total - 1).abs().argmax()].item()
             raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
 
-def label_prior(prior: Tensor, shape, axis=None) -> Tensor:
-    "A `prior` [K] of the K labels that lie along `label_axis` of this shape, shaped to broadcast to it; a ValueError for another size."
+def label_prior(prior: Tensor | None, shape, axis=None):
+    """A `prior` ([K], or [2,K]) of the K labels that lie along `label_axis` of this shape, as a pair for `eps_pair`, each shaped to
+    broadcast to it; None as it is. A ValueError for another size."""
+    if prior is None: return None
     check_dense('prior', prior)
     ndim, at = len(shape), label_axis(len(shape), axis)
     k = 1 if at is None else shape[at]
-    if at is None and ndim == 1 and prior.dim() == 1 and len(prior) == shape[0]: return prior  # (K,) is a single row
-    if prior.shape == (k,): return prior.view([1] * ndim) if at is None else along(prior, at, ndim)
+    both = (prior[0], prior[1]) if prior.dim() == 2 and len(prior) == 2 else (prior, prior)
+    if at is None and ndim == 1 and both[0].shape == shape: return both  # (K,) is a single row
+    if both[0].shape == (k,): return tuple(v.view([1] * ndim) if at is None else along(v, at, ndim) for v in both)
     lie = "one label; axis= says where there are several" if at is None else f"labels along axis {at}"
-    raise ValueError(f"prior must have shape {(k,)} for {tuple(shape)} ({lie}), got {tuple(prior.shape)}")
+    raise ValueError(f"prior must have shape {(k,)} or {(2, k)} for {tuple(shape)} ({lie}), got {tuple(prior.shape)}")
 
 def check_factors(values=True, /, **factors):
     "Weights, of whatever shape, are finite and not negative; and the largest is of a size that sums and products of float32 can take."

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from . import sigmoid, softmax
 from .autograd import accumulator, has_no_storage, tracing
-from .checks import (check_dense, check_device, check_eps, check_indices, check_labels, check_needs_no_index, check_prior, check_reduction,
+from .checks import (check_dense, check_device, check_indices, check_label_eps, check_labels, check_needs_no_index, check_prior, check_reduction,
                      check_smoothing, check_soft_rows, check_values, check_whole, is_index, is_sharded, label_prior, prepare,
                      resolve_indices)
 from .targets import SigmoidTarget, Smoothing, eps_pair, label_axis, one_hot, smooth_labels
@@ -38,15 +38,15 @@ def select_backend(backend, x):
 def smooth_targets(
     target,                     # Class indices of shape (...), any integer dtype; or labels of shape (...,K)
     num_classes: int = None,    # K; needed for class indices, checked against `axis` otherwise
-    eps = None,                 # Smoothing, in [0,1] (default .1); with `sigmoid` in [0,.5] (default .05); or Tensor[K]
+    eps = None,                 # Smoothing, in [0,1] (default .1), or Tensor[K]; with `sigmoid` in [0,.5] (default .05), or (e0,e1)
     *,
-    prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; sigmoid: [K] label frequencies
+    prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; sigmoid: [K], or [2,K]
     spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
     multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
     sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
     axis: int = None,           # Of the classes in q: the last one; with `sigmoid` that of `smooth_binary_cross_entropy_with_logits`
 ) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new axis of K
-    """The smoothed target q itself, dense: `(1-eps)*y + eps*u`, and with `sigmoid` `(1-2*eps)*y + 2*eps*u`.
+    """The smoothed target q itself, dense: `(1-eps)*y + eps*u`, and with `sigmoid` `(1-2*eps)*y + 2*eps*u`, or `e0 + (1-e0-e1)*y`.
 
     Class indices of shape (...) give q of shape (...,K); labels of shape (...,K) keep it: floating ones (one-hot or
     soft, whose rows sum to 1), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is
@@ -98,12 +98,12 @@ def _as_labels(target, num_classes, axis):
 
 def _smooth_labels(target, num_classes, eps, prior, axis, values):
     row = target.dim() == 1 and axis is None and num_classes != 1  # (K,), a single row
-    (target, _), eps = _as_labels(target, num_classes, 0 if row else axis), check_eps(eps, .5)
+    (target, _), eps = _as_labels(target, num_classes, 0 if row else axis), check_label_eps(eps, prior)
     if prior is not None:
         prior = unwrapped('prior', prior)
         check_prior(prior, sigmoid=True, values=values)
-        prior = label_prior(prior, target.shape, axis).to(target)
-    return smooth_labels(target, *eps_pair(eps, prior))
+        prior = prior.to(target)
+    return smooth_labels(target, *eps_pair(eps, label_prior(prior, target.shape, axis)))
 
 def smooth_cross_entropy(
     input: Tensor,              # Logits, classes along `axis`: (N,K), (N,K,d1,...), or (K,) for a single row
@@ -140,9 +140,9 @@ def smooth_cross_entropy(
 def smooth_binary_cross_entropy_with_logits(
     input: Tensor,              # Logits, any shape
     target: Tensor,             # Labels in [0,1] shaped like `input`: bool, integer or floating
-    eps: float = .05,           # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps
+    eps: float | tuple = .05,   # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps; or (eps of negatives, of positives)
     *,
-    prior: Tensor = None,       # [K] label frequencies, to smooth to instead of 1/2
+    prior: Tensor = None,       # [K] label frequencies, to smooth to instead of 1/2; or [2,K]: what to smooth negatives and positives to
     weight: Tensor = None,      # As in `F.binary_cross_entropy_with_logits`: broadcasts to `input`
     pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
@@ -197,12 +197,12 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     check_labels(x, y)
     check_device(x, y)
     if axis is not None: label_axis(x.dim(), check_whole('axis', axis))  # is there one?
-    eps = check_eps(eps, .5)
+    eps = check_label_eps(eps, prior)
     if prior is not None:
-        prior = label_prior(unwrapped('prior', prior), x.shape, axis)
+        prior = unwrapped('prior', prior)
         check_values('prior', prior, x)
         prior = prior.to(x.device, accumulator(x))
-    e0, e1 = (e if isinstance(e, float) else broadcast('prior', e, x) for e in eps_pair(eps, prior))
+    e0, e1 = (e if isinstance(e, float) else broadcast('prior', e, x) for e in eps_pair(eps, label_prior(prior, x.shape, axis)))
     target = SigmoidTarget(y, e0, e1, broadcast('weight', weight, x), broadcast('pos_weight', pos_weight, x))
     traced, others = tracing(x, y), needs_grad(y, prior, weight, pos_weight)
     if heads and not others and not (traced and has_no_storage(x, y)) and heads.sigmoid.supports(x, target):

@@ -150,8 +150,12 @@ def label_axis(ndim: int, axis: int | None = None):
     return axis % ndim
 
 def eps_pair(eps, prior=None):
-    "e0 and e1, the smoothing of negatives and of positives: both `eps`, or with a `prior` 2 * eps shared out as it says."
-    return (eps, eps) if prior is None else (2 * eps * prior, 2 * eps * (1 - prior))
+    """e0 and e1, the smoothing of negatives and of positives: both `eps`, or the pair that it is.
+
+    With a `prior`, itself a pair, a negative moves 2 * eps of the way to its first part, a positive as far to its second."""
+    if prior is None: return eps if isinstance(eps, tuple) else (eps, eps)
+    of_negatives, of_positives = prior
+    return 2 * eps * of_negatives, 2 * eps * (1 - of_positives)
 
 def smooth_labels(y, e0, e1):
     "q of 0/1 or soft labels `y` of floating point; e0 and e1 are numbers, or broadcast to them. Triton compiles this, too."

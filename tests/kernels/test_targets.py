@@ -181,6 +181,6 @@ def test_a_chunk_of_a_target():
     for whole in (t, s): assert whole.chunk(...) is whole
 
 def test_eps_pair():
-    "q = e0 + (1 - e0 - e1) y: a negative becomes e0, a positive 1 - e1; a prior shares out twice eps."
-    assert eps_pair(.1) == (.1, .1) and eps_pair(.125, .25) == (.0625, .1875)
+    "q = e0 + (1 - e0 - e1) y: a negative becomes e0, a positive 1 - e1; a prior says where each goes by twice eps."
+    assert eps_pair(.1) == (.1, .1) and eps_pair((.1, .2)) == (.1, .2) and eps_pair(.125, (.25, .75)) == (.0625, .0625)
     assert smooth_labels(torch.tensor([0., 1., .5]), .125, .25).tolist() == [.125, .75, .4375]
