@@ -69,7 +69,7 @@ def parser(
     p = _Parser(usage=f'fastai_smooth {"[compare]" if name == "compare" else name} [options]', description=description, epilog=epilog,
                 allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,o in docments(command, full=True, returns=False).items():
-        p.add_argument(f'--{k}', help=_help(o.docment, o.default), **_argument(o.anno, o.default))
+        p.add_argument(f'--{k.replace("_", "-")}', help=_help(o.docment, o.default), **_argument(o.anno, o.default))
     return p
 
 

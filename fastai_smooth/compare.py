@@ -14,6 +14,7 @@ from fastai.vision.all import *
 import torchvision
 from .cli import *
 from .images import *
+from .labels import *
 from .learner import *
 from .report import *
 from .tune import *

@@ -61,7 +61,7 @@ def refused(capsys, *args):
 
 # --- options
 
-@pytest.mark.parametrize('args, said', [([], 'well (0.0, 0.1) None False 0.003'), ('--eps .5 0 --n 3 --fast_one --lr 1e-300'.split(), 'well [0.5, 0.0] 3 True 1e-300'),
+@pytest.mark.parametrize('args, said', [([], 'well (0.0, 0.1) None False 0.003'), ('--eps .5 0 --n 3 --fast-one --lr 1e-300'.split(), 'well [0.5, 0.0] 3 True 1e-300'),
                                         (['compare', '--how', 'well'], 'well (0.0, 0.1) None False 0.003')])
 def test_options_are_parameters(stub, args, said, capsys):
     assert run_command(args) == 0 and capsys.readouterr().out == f'кошка ± {said}\n'
@@ -71,9 +71,9 @@ def test_help_is_docstring_and_docments(stub, capsys):
     out = capsys.readouterr().out
     assert e.value.code == 0 and out.startswith('usage: fastai_smooth [compare] [options]\n\nDoes something.\n') and out.endswith('\nexamples: none\n')
     for o in (r'--how \{well,.*\}\s+It goes \(default: well\)', r'--eps EPS \[EPS ...\] +Shares, one or more \(default: 0 0.1\)', r'--n N +A number \(default: many\)\n',
-              r'--fast_one +Hurry\?\n', r'--lr LR +A rate \(default: 0.003\)'): assert re.search(o, out, re.S), o
+              r'--fast-one +Hurry\?\n', r'--lr LR +A rate \(default: 0.003\)'): assert re.search(o, out, re.S), o
 
-@pytest.mark.parametrize('args, words', [('--how so', 'so well'), ('--ep .1', '--ep'), ('--eps', '--eps'), ('--eps 0 1', '1 [0, 1)'), ('--fast_one 1', '1'), ('banana', 'banana'),
+@pytest.mark.parametrize('args, words', [('--how so', 'so well'), ('--ep .1', '--ep'), ('--eps', '--eps'), ('--eps 0 1', '1 [0, 1)'), ('--fast-one 1', '1'), ('--fast_one', '--fast_one --help'), ('banana', 'banana'),
                                          ('--n', '--n'), ('--nonsense', '--nonsense --help')])
 def test_wrong_options(stub, capsys, args, words):
     err = refused(capsys, *args.split())

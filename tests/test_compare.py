@@ -49,7 +49,7 @@ def fake(monkeypatch):
         return fake_run(Method(eps, prior), seed)
     monkeypatch.setattr(cmp, 'one_run', one_run)
     monkeypatch.setattr(cmp, '_learner', lambda dls, *args: Learner(dls, nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), loss_func=CrossEntropyLossFlat()))
-    monkeypatch.setattr('fastai_smooth.images.digits', lambda: few(400))
+    monkeypatch.setattr('fastai_smooth.labels.digits', lambda: few(400))
     monkeypatch.setattr(Figure, 'savefig', lambda self, f, **kwargs: Path(f).write_bytes(b'a picture'))
     return runs
 
@@ -206,7 +206,7 @@ def test_a_batch_size_that_was_not_asked_for_fits(photos, fake, monkeypatch, tmp
 def test_a_folder_of_that_name_is_told(fake, tmp_path, monkeypatch, capsys):
     "Two classes in ./digits, ten in scikit-learn's"
     monkeypatch.chdir(photo_folder(tmp_path/'fashion').parent)
-    monkeypatch.setattr('fastai_smooth.images.fashion', lambda root, download: few(400))
+    monkeypatch.setattr('fastai_smooth.labels.fashion', lambda root, download: few(400))
     for data, more, n in ('fashion', ['--root', '.'], 10), ('./fashion', [], 2):
         assert run('--data', data, *more, '--bs', 8, '--eps', 0, '--seeds', 1, '--out', tmp_path/str(n)) == 0
         assert ('give ./fashion\n' in capsys.readouterr().out) == (n == 10) and len(fake[-1][0].vocab) == n

@@ -5,7 +5,8 @@ from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np, pytest
+import numpy as np, pytest, torch
+from fastai.losses import BCEWithLogitsLossFlat
 from fastai.vision.core import PILImage
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -290,6 +291,59 @@ def test_noise_is_symmetric_and_seeded():
     for c in range(4): assert np.allclose(np.bincount(noisy[classes == c], minlength=4), [7000 if o == c else 1000 for o in range(4)], atol=400)
     assert (noisy == flip_labels(classes, .3, 4, seed=0)).all() and (noisy != flip_labels(classes, .3, 4, seed=1)).any()
     assert (flip_labels(classes, 0., 4, seed=0) == classes).all()
+
+label_rows = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=25).map(np.array)
+
+@given(label_rows, st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_a_split_has_each_label_in_both_parts_where_it_can(classes, seed):
+    "In training always; a label that is in no validation image could not get one without another label losing its last training image"
+    valid = split_valid(classes, seed)
+    train = [*classes[~valid]]
+    for k in np.flatnonzero(classes.any(0)):
+        assert classes[~valid, k].any()
+        for row in classes[classes[:, k]] if not classes[valid, k].any() else []: assert any(sum(o[j] for o in train) == 1 for j in np.flatnonzero(row))
+    assert (valid == split_valid(classes.astype(np.uint8), seed)).all()
+
+def test_a_split_takes_a_fifth_of_the_images_by_their_rarest_label():
+    "Rows of label 0 alone, with the rarer 1, with the still rarer 2 as well, with 3 that one image has, and without any"
+    sizes = [([1, 0, 0, 0], 100), ([1, 1, 0, 0], 40), ([1, 1, 1, 0], 10), ([1, 1, 0, 1], 1), ([0, 0, 0, 0], 25)]
+    classes = np.concatenate([np.tile(np.uint8(row), (n, 1)) for row, n in sizes])
+    splits = [split_valid(classes, seed) for seed in (0, 0, 1)]
+    for valid in splits: assert [o.sum() for o in np.split(valid, np.cumsum([n for _, n in sizes])[:-1])] == [20, 8, 2, 0, 5]
+    assert (splits[0] == splits[1]).all() and (splits[0] != splits[2]).any()
+
+def test_no_label_loses_its_training_images():
+    "The third label is in two groups of two; whichever goes to validation, one stays. So does a lone image without labels"
+    classes = np.uint8([[1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 0]])
+    for seed in range(30):
+        valid = split_valid(classes, seed)
+        assert classes[~valid].any(0).all() and classes[valid].any(0).sum() >= 1 and not valid[4]
+
+@pytest.mark.parametrize('dtype', [np.uint8, bool, np.int64])
+def test_noise_flips_each_of_several_labels(dtype):
+    "Of 40,000: a share's standard deviation is below .0025; labels of a row are flipped independently"
+    classes = (np.arange(40000)[:, None] % [2, 3, 5] == 0).astype(dtype)
+    noisy = flip_labels(classes, .3, n_classes=3, seed=0)
+    flipped = noisy != classes
+    assert noisy.dtype == dtype and set(np.unique(noisy)) == {0, 1}
+    assert np.allclose(flipped.mean(0), .3, atol=.01) and np.allclose(np.corrcoef(flipped.T), np.eye(3), atol=.02)
+    for k in range(3): assert np.allclose([flipped[classes[:, k] == o, k].mean() for o in (0, 1)], .3, atol=.02)
+    assert (noisy == flip_labels(classes, .3, 3, seed=0)).all() and (noisy != flip_labels(classes, .3, 3, seed=1)).any() and (flip_labels(classes, 0., 3, 0) == classes).all()
+
+@pytest.mark.parametrize('dtype', [np.uint8, bool])
+def test_batches_of_several_labels(dtype):
+    "As fastai's MultiCategoryBlock gives them; noise is for training alone"
+    data = ImageSet(DIGITS.images[:300], (DIGITS.classes[:300, None] % [2, 3, 4] == 0).astype(dtype), ['two', 'three', 'four'])
+    assert data.multi and not DIGITS.multi
+    valid = data.validation(1)
+    dls, clean = (get_dls(data, seed=1, size=8, bs=60, noise=o) for o in (.3, 0.))
+    def targets(dl): return torch.stack([dl.dataset[i][1] for i in range(len(dl.dataset))]).numpy()
+    assert (targets(clean.train) == data.classes[~valid]).all() and (targets(dls.valid) == data.classes[valid]).all()
+    assert abs((targets(dls.train) != data.classes[~valid]).mean() - .3) < .06
+    x, y = dls.valid.one_batch()
+    assert x.shape == (len(y), 3, 8, 8) and y.dtype == torch.float32 and list(dls.vocab) == data.vocab and dls.c == 3 and type(dls.loss_func) is BCEWithLogitsLossFlat
+    assert dls.valid_ds.decode(dls.valid_ds[0])[1] == [v for v, o in zip(data.vocab, data.classes[valid][0]) if o]
 
 @pytest.mark.parametrize('is_valid', [None, np.arange(1797) >= 1500])
 def test_noise_is_for_training_labels_only(is_valid):
