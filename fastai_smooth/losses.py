@@ -11,8 +11,8 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from dataclasses import dataclass
 from .kernels import functional as K
-from .kernels.checks import (check_eps, check_factors, check_label_eps, check_number, check_prior, check_smoothing, check_soft_rows,
-                                          class_axis, warn)
+from .kernels.checks import (check_eps, check_factors, check_label_eps, check_number, check_prior, check_smoothing,
+                                          check_soft_rows, class_axis, warn)
 from .kernels.targets import Smoothing, along, eps_pair, label_axis
 from .scaling import NormalizedTemperature, apply_temperature
 
@@ -34,7 +34,7 @@ class _Smooth(nn.Module):
     @eps.setter
     def eps(self, v):
         v = self._checked(K.unwrapped('eps', v) if isinstance(v, Tensor) else v)
-        if not isinstance(v, Tensor) and self._moved(v) == 1 and v != self.__dict__.get('_eps'): warn(self._at_top)
+        if self._teaches_nothing(v) and v != self.__dict__.get('_eps'): warn(self._at_top)
         if hasattr(self, '_eps'): del self._eps # a module refuses a number where it had a buffer
         if isinstance(v, Tensor): self.register_buffer('_eps', v)
         else: self._eps = v
@@ -99,7 +99,7 @@ def _checked(self:LabelSmoothingCrossEntropy, eps):
     return eps
 
 @patch
-def _moved(self:LabelSmoothingCrossEntropy, eps): return eps # how much the label loses
+def _teaches_nothing(self:LabelSmoothingCrossEntropy, eps): return not isinstance(eps, Tensor) and eps == 1
 
 @patch
 def _look(self:LabelSmoothingCrossEntropy, input, target):
@@ -113,13 +113,13 @@ def _look(self:LabelSmoothingCrossEntropy, input, target):
 class LabelSmoothingBCEWithLogits(_Smooth):
     """Binary cross entropy with label smoothing, for multi-label targets: a module over `smooth_binary_cross_entropy_with_logits`.
 
-    A positive becomes 1-eps and a negative eps, so Keras' `label_smoothing` is twice this eps; with a pair, eps=(e0,e1), a negative becomes
-    e0 and a positive 1-e1: (.1, 0.) for labels of which some are missing (Cole et al. 2021, arXiv:2106.09708). Takes logits of any shape, and labels of
-    that shape (bool, integer or floating); gives, in nats, a float32 scalar, or a value a logit for `reduction='none'`."""
+    A positive becomes 1-eps and a negative eps, so Keras' `label_smoothing` is twice this eps. With a pair, eps=(e0,e1), a negative becomes
+    e0 and a positive 1-e1: (.1, 0.) is for labels of which some positives are missing. Takes logits of any shape, and labels of that shape
+    (bool, integer or floating); gives, in nats, a float32 scalar, or a value a logit for `reduction='none'`."""
     _at_top = 'eps=.5 makes positives and negatives the same target, as does a pair whose sum is 1: there is nothing to learn from it'
     def __init__(self,
-        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair, of negatives and of positives, whose sum is at most 1
-        *, prior:Tensor=None, # [K] label frequencies to smooth to instead of 1/2, or [2,K]: what to smooth negatives and positives to
+        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair in [0,1], of negatives and of positives, whose sum is at most 1
+        *, prior:Tensor=None, # [K] label frequencies to smooth to instead of 1/2; or [2,K], of negatives and of positives
         weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: broadcasts to the logits
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
@@ -134,8 +134,6 @@ class LabelSmoothingBCEWithLogits(_Smooth):
         check_number('thresh', thresh)
         self.eps,self.thresh,self.axis = eps,thresh,axis
 
-    def _checked(self, eps): return check_label_eps(eps, self.prior)
-    def _moved(self, eps): return sum(eps_pair(eps))
     def forward(self, input, target, eps=None):
         return K.binary_cross_entropy(input, target, self.eps if eps is None else eps, self.prior, self.weight, self.pos_weight,
                                       self.reduction, self.axis, self.backend)
@@ -147,6 +145,15 @@ class LabelSmoothingBCEWithLogits(_Smooth):
     def decodes(self, x:Tensor): # Probabilities, of any shape
         "Whether each is above `thresh`: bool, shaped like `x`."
         return x > self.thresh
+
+# %% ../nbs/01_losses.ipynb #bcefwd01
+@patch
+def _checked(self:LabelSmoothingBCEWithLogits, eps): return check_label_eps(eps, self.prior)
+
+@patch
+def _teaches_nothing(self:LabelSmoothingBCEWithLogits, eps):
+    "Are positives and negatives the same target? With a prior [2,K] they are not."
+    return sum(eps_pair(eps)) == 1 and (self.prior is None or self.prior.dim() == 1)
 
 # %% ../nbs/01_losses.ipynb #b29603e9
 def _of_module(name): # a property that is read from, and set on, the module of a fastai loss
@@ -202,15 +209,15 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
         return targ if dense or targ.shape == shape or targ.numel() != shape.numel() else targ.reshape(shape)
 
 class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
-    """Binary cross entropy with label smoothing as a fastai loss, for multi-label targets. A positive becomes 1-eps, a negative eps; or with a pair
-    eps=(e0,e1), 1-e1 and e0.
+    """Binary cross entropy with label smoothing as a fastai loss, for multi-label targets. A positive becomes 1-eps, a negative eps; with a
+    pair, eps=(e0,e1), they become 1-e1 and e0.
 
     It smooths in validation too; `MultiLabelSmoothingCallback` doesn't. Labels are shaped like the logits: bool, integer or floating."""
     thresh = _of_module('thresh')
 
     @delegates(LabelSmoothingBCEWithLogits)
     def __init__(self,
-        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair, of negatives and of positives, whose sum is at most 1
+        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair in [0,1], of negatives and of positives, whose sum is at most 1
         *, axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
         **kwargs # Of `LabelSmoothingBCEWithLogits`

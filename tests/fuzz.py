@@ -25,6 +25,9 @@ from torch import Tensor, nn
 NAN, INF = math.nan, math.inf
 NOT_TENSORS = [None, 'abc', 3.5, [[.5], [.2, .8]], object()]
 BAD_EPS = [-.1, 1.1, NAN, -INF, -5e-324, 'x', '', None, True, 1j, [.1], {}, torch.tensor(NAN), torch.tensor(2.), torch.tensor(True), np.float64(-1), np.array([.1, .2])]
+PAIRS = [(.1, 1.1), (-.1, .1), (.6, .5), (NAN, .1), (.1, INF), (.1, None), ('x', .1), (.1, True), (.1, 1j), (), (.1, .2, .3), {.1: 0, .2: 0},
+         torch.tensor([.1, .2]), (torch.tensor([.1, .2]), .1), (.1, (.2, .3)), np.array([.6, .5]), np.array([[.1], [.2]])]
+BAD_LABEL_EPS = [o for o in BAD_EPS if not isinstance(o, np.ndarray)] + [.50001, 1., np.float32(.6), torch.tensor([.1, .2, .3])] + PAIRS
 BAD_REDUCTION = BAD_SPREAD = BAD_BACKEND = ['MEAN', 'other', 'cuda', '', None, 0, True, b'mean', ['all'], object()]
 BAD_COUNT = [0, -1, 1.5, NAN, INF, '5', None, [5]]
 BAD_SEED = ['1', None, 1.5, NAN, [1], 2**70]

@@ -93,10 +93,13 @@ def softmax_reference(input, target, eps=.1, *, prior=None, spread='all', multi_
 
 def sigmoid_reference(input, target, eps=.05, *, prior=None, weight=None, pos_weight=None, reduction='mean',
                       grad_output=1.):
-    "The sigmoid loss and its gradient w.r.t. `input`; weight and pos_weight as in PyTorch"
+    """The sigmoid loss and its gradient w.r.t. `input`; weight and pos_weight as in PyTorch. `eps` may be a pair: what negatives gain and what
+    positives lose. `prior` broadcasts to `input`, or is a pair of such: what negatives are smoothed to, and what positives are."""
     x, y = input.detach().double(), target.double()
-    u = torch.tensor(.5) if prior is None else prior
-    q = (1 - 2 * eps) * y + 2 * eps * u.double()
+    if isinstance(eps, tuple): q = eps[0] * (1 - y) + (1 - eps[1]) * y
+    else:
+        of_negatives, of_positives = (u.double() for u in (prior if isinstance(prior, tuple) else (torch.tensor(.5) if prior is None else prior,) * 2))
+        q = (1 - 2 * eps) * y + 2 * eps * ((1 - y) * of_negatives + y * of_positives)
     w = torch.ones(()).double() if weight is None else weight.double()
     c = torch.ones(()).double() if pos_weight is None else pos_weight.double()
     softplus = lambda z: torch.logaddexp(z, torch.zeros_like(z))

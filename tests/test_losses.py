@@ -79,8 +79,11 @@ def sigmoid_calls(draw):
     k = 1 if at is None else shape[at]
     def some(*shape): return rand(*shape) if draw(st.booleans()) else None
     y = draw(st.sampled_from([rand(*shape).clamp(max=1), rand(*shape) < .5, (rand(*shape) < .5).to(torch.int8)]))
-    options = dict(eps=draw(st.floats(0, .5)), prior=(rand(k)/2 if draw(st.booleans()) else None), weight=some(*shape), pos_weight=some(shape[-1]),
-                   reduction=draw(st.sampled_from(REDUCTIONS)))
+    e0, e1 = draw(st.floats(0, 1)), draw(st.floats(0, 1))
+    eps = draw(st.floats(0, .5))
+    smoothing = draw(st.sampled_from([dict(eps=eps), dict(eps=(e0, (1-e0)*e1)), dict(eps=(e0, 0.)), dict(eps=eps, prior=rand(k)/2),
+                                      dict(eps=eps, prior=torch.stack([rand(k)/3, (1+rand(k))/3]))]))
+    options = dict(prior=None) | smoothing | dict(weight=some(*shape), pos_weight=some(shape[-1]), reduction=draw(st.sampled_from(REDUCTIONS)))
     return options, axis, at, 6*(rand(*shape) - .5), y
 
 def agrees(cls, options, x, y, expected):
@@ -95,9 +98,11 @@ def test_every_option_of_the_softmax_losses_is_in_the_formula(cls, call): agrees
 @sigmoid
 @examples(100, sigmoid_calls())
 def test_every_option_of_the_sigmoid_losses_is_in_the_formula(cls, call):
-    "A prior lies along the channels of images, the last axis of a matrix, or `axis`; masks have one label"
+    "A prior, or each of the two of negatives and positives, lies along the channels of images, the last axis of a matrix, or `axis`; masks have one label"
     options, axis, at, x, y = call
-    prior = options['prior'] if options['prior'] is None or at is None else options['prior'].view([-1 if d == at % x.dim() else 1 for d in range(x.dim())])
+    def along(row): return row if at is None else row.view([-1 if d == at % x.dim() else 1 for d in range(x.dim())])
+    prior = options['prior']
+    if prior is not None: prior = along(prior) if prior.dim() == 1 else tuple(map(along, prior))
     agrees(cls, options | dict(axis=axis), x, y, sigmoid_reference(x, y, **options | dict(prior=prior)))
 
 @pytest.mark.parametrize('axis,shape', [(-1, (6, 5)), (-1, (3, 4, 7)), (1, (2, 5, 3, 4))], ids=['rows', 'tokens', 'pixels'])
@@ -150,7 +155,8 @@ def test_sigmoid_activation_and_decodes(cls):
     assert torch.equal(cls().activation(X), X.sigmoid()) and torch.equal(cls(thresh=.8).decodes(X.sigmoid()), X.sigmoid() > .8)
 
 def test_torch_compile_without_a_graph_break():
-    for loss, y in ((LabelSmoothingCrossEntropy(.1, weight=W), INDEX), (LabelSmoothingBCEWithLogits(.1, pos_weight=W), HOT)):
+    for loss, y in ((LabelSmoothingCrossEntropy(.1, weight=W), INDEX), (LabelSmoothingBCEWithLogits(.1, pos_weight=W), HOT),
+                    (LabelSmoothingBCEWithLogits((.1, 0.)), HOT), (LabelSmoothingBCEWithLogits(.1, prior=torch.stack([PRIOR/2, PRIOR])), HOT)):
         compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
         for a, b in zip(loss_and_grad(compiled, X, y), loss_and_grad(loss, X, y)): close(a, b)
 
@@ -189,11 +195,44 @@ def test_eps_of_one_call_and_one_set_later(cls):
 @pytest.mark.parametrize('eps', [0, np.float32(.125), Fraction(1, 8), tensor(.125), tensor(0), TensorBase(.25)])
 def test_eps_is_any_number(cls, eps): assert torch.equal(cls(eps)(X, target_of(cls)), cls(float(eps))(X, target_of(cls)))
 
+@sigmoid
+def test_eps_may_be_a_pair(cls):
+    "of negatives and of positives, when built, set later, or of one call; kept as a tuple of floats, and with all that a loss is asked"
+    expected = F.binary_cross_entropy_with_logits(X, HOT*.7 + .1)
+    for eps in ((.1, .2), [.1, .2], np.array([.1, .2]), (tensor(.1, dtype=torch.float64), Fraction(1, 5))):
+        loss = cls(eps)
+        assert loss.eps == (.1, .2) and type(loss.eps) is tuple and 'eps=(0.1, 0.2)' in repr(loss)
+        for o in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss, 2))): close(o(X, HOT), expected)
+        loss.eps = .3
+        close(loss(X, HOT, eps=eps), expected)
+        loss.eps = eps
+        close(loss(X, HOT), expected)
+    close(cls((.1, .1))(X, HOT), cls(.1)(X, HOT)), close(cls((0., 0.))(X, HOT), cls(0.)(X, HOT))
+    for bad in ((.7, .5), (.1, 2.), (.1,)):
+        with pytest.raises(ValueError, match='eps'): loss.eps = bad
+        with pytest.raises(ValueError, match='eps'): loss(X, HOT, eps=bad)
+    assert loss.eps == (.1, .2)
+
+@sigmoid
+def test_a_prior_of_negatives_and_of_positives(cls):
+    "A buffer as any other; a pair of eps, which says that already, takes none"
+    both = tensor([[.1, .2, .3], [.5, .9, 1.]])
+    loss = cls(.25, prior=both)
+    close(loss(X, HOT), F.binary_cross_entropy_with_logits(X, .5*HOT + .5*torch.where(HOT == 1, both[1], both[0])))
+    assert 'prior=[[0.1, 0.2, 0.3], [0.5, 0.9, 1.0]]' in repr(loss)
+    m = loss.func if is_flat(cls) else loss
+    m2 = cls(.25, prior=torch.ones(2, 3))
+    (m2.func if is_flat(cls) else m2).load_state_dict(m.state_dict())
+    for o in (m2, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss, 2))): close(o(X, HOT), loss(X, HOT))
+    for f in (lambda: setattr(loss, 'eps', (.1, 0.)), lambda: cls((.1, 0.), prior=both), lambda: loss(X, HOT, eps=(.1, 0.))):
+        with pytest.raises(ValueError, match=r'eps=\(0.1, 0\) takes no prior'): f()
+    with pytest.raises(ValueError, match=r'negatives in its first row.* got 0.5 and 0.1 for label 0'): cls(prior=both.flip(0))
+
 def test_eps_may_become_a_tensor_and_a_number_again():
     loss = LabelSmoothingCrossEntropyFlat(.1)
     for loss.eps in (tensor([.1, .2, .3]), .2, tensor([.3, .2, .1])): close(loss(X, INDEX), LabelSmoothingCrossEntropy(loss.eps)(X, INDEX))
 
-TOP = [(cls, 1. if cls in SOFTMAX else .5) for cls in SOFTMAX + SIGMOID]
+TOP = [(cls, 1. if cls in SOFTMAX else .5) for cls in SOFTMAX + SIGMOID] + [(cls, (.25, .75)) for cls in SIGMOID]
 
 @pytest.mark.parametrize('cls,top', TOP)
 def test_targets_that_teach_nothing_are_warned_of_once(cls, top):
@@ -203,10 +242,19 @@ def test_targets_that_teach_nothing_are_warned_of_once(cls, top):
         warnings.simplefilter('error', UserWarning)
         loss.eps = top
         loss(X, target_of(cls))
-        copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), cls(top - .01)
-        loss.eps = top/2
+        copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), cls(less := (.25, .74) if isinstance(top, tuple) else top - .01)
+        loss.eps = less
     with pytest.warns(UserWarning, match='nothing to learn') as again: loss.eps = top
     assert len(said) == len(again) == 1
+
+@sigmoid
+def test_targets_that_go_to_a_prior_altogether(cls):
+    "eps=.5 makes a label that of the prior: the same for negatives and positives if it is one [K], and another if it is one [2,K]"
+    with pytest.warns(UserWarning, match='nothing to learn'): cls(.5, prior=PRIOR)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        loss = cls(.5, prior=torch.stack([PRIOR/2, PRIOR]))
+    close(loss(X, HOT), F.binary_cross_entropy_with_logits(X, (1+HOT)*PRIOR/2))
 
 @softmax
 def test_class_weights_past_the_flip_are_warned_of(cls):
@@ -234,7 +282,8 @@ def test_tensors_are_buffers(cls):
 # torch.save, and with it `Learner.export`, pickles by protocol 2
 WAYS = dict(pickle=lambda o: pickle.loads(pickle.dumps(o, 2)), cloudpickle=lambda o: pickle.loads(cloudpickle.dumps(o)), deepcopy=copy.deepcopy)
 KEPT = [LabelSmoothingCrossEntropyFlat(.3, prior=PRIOR, ignore_index=1, axis=1), LabelSmoothingCrossEntropyFlat(W/10, spread='others', flatten=False),
-        LabelSmoothingCrossEntropy(.3, weight=W), LabelSmoothingBCEWithLogitsFlat(.2, weight=W, pos_weight=W, thresh=.7, axis=-1)]
+        LabelSmoothingCrossEntropy(.3, weight=W), LabelSmoothingBCEWithLogitsFlat(.2, weight=W, pos_weight=W, thresh=.7, axis=-1),
+        LabelSmoothingBCEWithLogitsFlat((.1, 0.), pos_weight=W), LabelSmoothingBCEWithLogits(.2, prior=torch.stack([PRIOR/2, PRIOR]))]
 
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('loss', KEPT, ids=[repr(o) for o in KEPT])
@@ -260,7 +309,8 @@ class Mine(LabelSmoothingCrossEntropy):
     (LabelSmoothingCrossEntropyFlat(axis=1, flatten=False, reduction='none'),
      "FlattenedLoss of LabelSmoothingCrossEntropy(eps=0.1, reduction='none', axis=1), flatten=False"),
     (LabelSmoothingBCEWithLogitsFlat(pos_weight=tensor([2.]), thresh=.3),
-     "FlattenedLoss of LabelSmoothingBCEWithLogits(eps=0.05, reduction='mean', pos_weight=[2.0], thresh=0.3)")])
+     "FlattenedLoss of LabelSmoothingBCEWithLogits(eps=0.05, reduction='mean', pos_weight=[2.0], thresh=0.3)"),
+    (LabelSmoothingBCEWithLogits((.1, 0)), "LabelSmoothingBCEWithLogits(eps=(0.1, 0.0), reduction='mean')")])
 def test_a_loss_shows_the_options_that_are_not_the_default(loss, text): assert repr(loss) == text
 
 # ---------------------------------------------------------------- what goes wrong
@@ -312,8 +362,8 @@ def softmax_args(draw):
 
 @st.composite
 def sigmoid_args(draw):
-    return dict(input=6*fuzz.rand(draw, 5, K) - 3, target=fuzz.randint(draw, 2, 5, K), eps=draw(st.floats(.01, .45)), weight=fuzz.rand(draw, K) + .1,
-                pos_weight=fuzz.rand(draw, K) + .1, prior=fuzz.rand(draw, K))
+    smoothing = draw(st.sampled_from([dict(eps=.05, prior=fuzz.rand(draw, K)), dict(eps=.3, prior=torch.stack([fuzz.rand(draw, K)/2, 1 - fuzz.rand(draw, K)/2]))]))
+    return smoothing | dict(input=6*fuzz.rand(draw, 5, K) - 3, target=fuzz.randint(draw, 2, 5, K), weight=fuzz.rand(draw, K) + .1, pos_weight=fuzz.rand(draw, K) + .1)
 
 def vectors(name, *values):
     "What can't be a tensor of a value a class: another thing, or one wrong value"
@@ -335,7 +385,8 @@ BAD_SOFTMAX = BAD | {
     'target or ignore_index': [lambda a: dict(target=a['input'].softmax(1), ignore_index=0)],
     'class index': [lambda a, v=v: dict(target=tensor([0, 1, 2, v, 0])) for v in (K, -1, 2**40, -2**62)]}
 BAD_SIGMOID = BAD | {
-    'eps': [*fuzz.BAD_EPS, .50001, 1., np.float32(.6), torch.full((K,), .1)], 'prior': [*vectors('prior', 1.5), *SHAPES],
+    'eps': fuzz.BAD_LABEL_EPS, 'prior': [*vectors('prior', 1.5), *SHAPES, torch.full((2, K+1), .5), torch.full((3, K), .5), tensor([[.5]*K, [.25]*K])],
+    'eps or prior': [lambda a: dict(eps=(.1, 0.), prior=torch.full((K,), .5))],
     'weight': vectors('weight', fuzz.INF, 1e31), 'pos_weight': vectors('pos_weight', fuzz.INF), 'thresh': [fuzz.NAN, 'x', None, [.5], tensor([.5, .6])],
     'axis': BAD_AXIS[:-2] + [[1]], 'target or input': [lambda a: a['target'][:, 0], lambda a: a['target'][:-1]],
     'weight or input': [torch.ones(2, 5, K), torch.ones(K+2)], 'pos_weight or input': [torch.ones(2, 5, K), torch.ones(K+2)]}

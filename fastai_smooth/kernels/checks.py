@@ -5,10 +5,10 @@ from numbers import Real
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from .autograd import accumulator
 from .targets import Smoothing, SoftmaxTarget, along, coefficients, label_axis
 
 SPREADS = 'all', 'others'
+PAIR = 'a pair of numbers (of negatives, of positives)'  # what `eps` of labels may be
 REDUCTIONS = 'mean', 'sum', 'none'
 
 def warn(message, stacklevel=2):
@@ -51,38 +51,49 @@ def check_values(name, v, x=None):
         raise ValueError(f"{name} is on meta, where it has no values")
 
 def check_eps(eps, top=1., num_classes=None, values=True):
-    "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong."
+    "`eps` as a float in [0, top], or as a tensor [K] of such; raises a ValueError naming what is wrong. That of labels has a `top` of 1/2."
     if type(eps) is float and 0 <= eps <= top: return eps
-    if isinstance(eps, Tensor):
-        check_dense('eps', eps)
-        if values or not eps.dim(): check_values('eps', eps)
-        if not eps.dim():
-            if eps.requires_grad:
-                learnt = '' if top < 1 else f", or to learn it eps.expand({num_classes or 'K'}), a value for each class"
-                raise ValueError(f"an eps of no dimensions gets no gradient: pass eps.detach(){learnt}")
-            eps = eps.item()
-    if not isinstance(eps, Tensor):
-        if isinstance(eps, bool) or not isinstance(eps, Real): raise TypeError(f"eps must be a number or a Tensor[K], got {eps!r}")
-        eps = float(eps)
+    labels = top < 1
+    if not isinstance(eps, Tensor) or not eps.dim():
+        learnt = '' if labels else f", or to learn it eps.expand({num_classes or 'K'}), a value for each class"
+        eps = number_of(eps, f'a number, or {PAIR}' if labels else 'a number or a Tensor[K]', learnt)
         if not 0 <= eps <= top:
-            why = " (labels: a positive becomes 1-eps, a negative eps, so that at .5 they are the same)" if top < 1 else ""
+            why = " (labels: a positive becomes 1-eps, a negative eps, so that at .5 they are the same)" if labels else ""
             raise ValueError(f"eps must be in [0, {top:g}], got {eps}{why}")
         return eps
-    if top < 1: raise ValueError(f"one eps a class is for the softmax loss, the sigmoid one takes a number, or a pair; got shape {tuple(eps.shape)}")
+    if labels: raise ValueError(f"one eps a class is for the softmax loss, labels take a number, or {PAIR}; got shape {tuple(eps.shape)}")
+    check_dense('eps', eps)
+    if values: check_values('eps', eps)
     check_shape('eps', eps, num_classes, 1)
     if values and not bool(((eps >= 0) & (eps <= top)).all()):
         raise ValueError(f"every eps must be in [0, {top:g}], got {eps.tolist()}")
     return eps
 
+def number_of(eps, kinds, learnt=''):
+    "An eps that is a number, or a tensor of no dimensions, as a float."
+    if isinstance(eps, Tensor) and not eps.dim():
+        check_dense('eps', eps)
+        check_values('eps', eps)
+        if eps.requires_grad: raise ValueError(f"an eps of no dimensions gets no gradient: pass eps.detach(){learnt}")
+        eps = eps.item()
+    if isinstance(eps, bool) or not isinstance(eps, Real): raise TypeError(f"eps must be {kinds}, got {eps!r}")
+    return float(eps)
+
 def check_label_eps(eps, prior=None):
-    """`eps` of labels: a float in [0, 1/2], or a pair of floats in [0, 1], the smoothing of negatives and of positives, whose sum is 1 at
-    most. A pair says what a `prior` would say, and is refused beside one."""
-    if isinstance(eps, Tensor) or isinstance(eps, str) or not hasattr(eps, '__len__'): return check_eps(eps, .5)
-    if len(eps) != 2: raise ValueError(f"eps of labels must be a number, or a pair (of negatives, of positives), got {eps!r}")
-    e0, e1 = (check_eps(e) for e in eps)
+    """`eps` of labels as a float in [0, 1/2], or as two floats in [0, 1], of negatives and of positives, whose sum is 1 at most.
+
+    Two of them say what negatives and positives become, as a `prior` does: they take none."""
+    # Of numpy, which a schedule of pairs computes with. Dynamo refuses to ask a float that changes for its attributes
+    if not isinstance(eps, (float, tuple, list, Tensor)) and hasattr(eps, 'tolist'): eps = eps.tolist()
+    if not isinstance(eps, (tuple, list)): return check_eps(eps, .5)
+    if len(eps) != 2: raise ValueError(f"eps of labels must be a number, or {PAIR}, got {eps!r}")
+    e0, e1 = (number_of(e, PAIR) for e in eps)
+    if not (0 <= e0 <= 1 and 0 <= e1 <= 1): raise ValueError(f"eps as {PAIR} must be in [0, 1], got {e0, e1}")
     if e0 + e1 > 1:
-        raise ValueError(f"eps=({e0:g}, {e1:g}) makes a negative {e0:g} and a positive {1 - e1:g}, which is less: their sum must be 1 at most")
-    if prior is not None: raise ValueError(f"eps=({e0:g}, {e1:g}), one for negatives and one for positives, takes no prior")
+        raise ValueError(f"eps=({e0:g}, {e1:g}) makes a negative {e0:g} and a positive {1 - e1:g}, which is less: the sum is 1 at most")
+    if prior is not None:
+        raise ValueError(f"eps=({e0:g}, {e1:g}) takes no prior: to smooth negatives and positives of each label to others, take one eps "
+                         "and a prior [2,K]")
     return e0, e1
 
 def check_shape(name, v, num_classes, dims):
@@ -93,40 +104,42 @@ def check_shape(name, v, num_classes, dims):
         raise ValueError(f"{name} must have shape {(k,) * dims} for {k} classes, got {tuple(v.shape)}")
 
 def check_prior(prior, num_classes=None, sigmoid=False, values=True):
-    """`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid head a probability a label ([K], [2,K] with
-    those of negatives and of positives)."""
-    dims = 2 if isinstance(prior, Tensor) and prior.dim() == 2 else 1
-    if sigmoid and dims == 2:
-        if len(prior) != 2: raise ValueError(f"prior of labels must be [K], or [2,K] for negatives and positives, got {tuple(prior.shape)}")
-        for row in prior: check_shape('each row of prior', row, num_classes, 1)
-    else: check_shape('prior', prior, num_classes, dims)
+    """`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid head a probability a label: [K], or [2,K] with
+    one of its negatives and one of its positives."""
+    check_dense('prior', prior)
+    rows = prior.dim() == 2
+    if not (rows and sigmoid): check_shape('prior', prior, num_classes, 2 if rows else 1)
+    elif len(prior) != 2:
+        raise ValueError(f"prior must be [K], or [2,K] with a row of negatives and one of positives, got shape {tuple(prior.shape)}")
     if not values: return
     check_values('prior', prior)
     if not bool((prior >= 0).all()): raise ValueError(f"prior must not be negative or nan, got {prior.min().item()}")
     if sigmoid:
         if not bool((prior <= 1).all()): raise ValueError(f"prior must be probabilities in [0, 1], got {prior.max().item()}")
-        if dims == 2 and not bool((prior[0] <= prior[1]).all()):
-            k = int((prior[0] - prior[1]).argmax())
-            raise ValueError(f"prior must not be larger for negatives than for positives, got {prior[:,k].tolist()} for label {k}")
+        if rows and not bool((prior[0] <= prior[1]).all()):
+            k = int((prior[0] > prior[1]).nonzero()[0])
+            raise ValueError("prior [2,K] has negatives in its first row, and positives, to which it gives no less, in its second one: got "
+                             f"{prior[0, k].item():g} and {prior[1, k].item():g} for label {k}")
     else:
         total = prior.double().sum(-1)
         # A prior of thousands of float16 or bfloat16 values carries their rounding
         tol = max(1e-4, torch.finfo(prior.dtype).eps if prior.is_floating_point() else 0)
         if not bool(((total - 1).abs() <= tol).all()):
-            what = "every row of prior" if dims == 2 else "prior"
+            what = "every row of prior" if rows else "prior"
             worst = total.flatten()[(total - 1).abs().argmax()].item()
             raise ValueError(f"{what} must sum to 1, got {worst:g}; divide counts by their sum")
 
 def label_prior(prior: Tensor | None, shape, axis=None):
-    """A `prior` ([K], or [2,K]) of the K labels that lie along `label_axis` of this shape, as a pair for `eps_pair`, each shaped to
-    broadcast to it; None as it is. A ValueError for another size."""
+    """A `prior` of the K labels that lie along `label_axis` of this shape, as `eps_pair` takes it: that of negatives and that of positives,
+    shaped to broadcast to the labels. They are the rows of a prior [2,K]; one [K] is both. None as it is; a ValueError for another size."""
     if prior is None: return None
     check_dense('prior', prior)
     ndim, at = len(shape), label_axis(len(shape), axis)
     k = 1 if at is None else shape[at]
-    both = (prior[0], prior[1]) if prior.dim() == 2 and len(prior) == 2 else (prior, prior)
-    if at is None and ndim == 1 and both[0].shape == shape: return both  # (K,) is a single row
-    if both[0].shape == (k,): return tuple(v.view([1] * ndim) if at is None else along(v, at, ndim) for v in both)
+    both = prior.unbind() if prior.dim() == 2 and len(prior) == 2 else (prior, prior)
+    size = both[0].shape
+    if at is None and ndim == 1 and size == shape: return both  # (K,) is a single row
+    if size == (k,): return tuple(v.view([1] * ndim) if at is None else along(v, at, ndim) for v in both)
     lie = "one label; axis= says where there are several" if at is None else f"labels along axis {at}"
     raise ValueError(f"prior must have shape {(k,)} or {(2, k)} for {tuple(shape)} ({lie}), got {tuple(prior.shape)}")
 
@@ -262,24 +275,6 @@ def class_axis(x, axis):
     if not -x.dim() <= axis < x.dim(): raise IndexError(f"axis {axis} is out of range for input of shape {tuple(x.shape)}")
     return axis % x.dim()
 
-def check_targets(x, target, axis, multi_hot) -> bool:
-    "Are `target` class indices, rather than labels shaped like `x`? Raises where they are neither."
-    rows, dense = x.shape[:axis] + x.shape[axis+1:], multi_hot or target.is_floating_point()
-    if not dense and target.dtype == torch.int64 and target.shape == rows != x.shape: return True
-    if dense and target.shape != x.shape:
-        raise ValueError(f"{'multi-hot' if multi_hot else 'floating point'} targets must be shaped like input, {tuple(x.shape)}, got "
-                         f"{tuple(target.shape)}" + ("; class indices are integers: target.long()" if target.shape == rows else ""))
-    if dense: return False
-    if target.shape == x.shape != rows:
-        raise ValueError(f"{target.dtype} targets shaped like input, {tuple(x.shape)}: use float for soft labels, {OTHER_TARGETS}")
-    if not is_index(target): raise TypeError(f"class indices must be integers, got {target.dtype}; target.long() makes them")
-    if target.shape != rows:
-        other = [d for d in range(x.dim()) if target.shape == x.shape[:d] + x.shape[d+1:]]
-        if x.dim() == 2: other = []  # for (N, K), a wrong N is as likely
-        raise ValueError(f"class indices must have shape {tuple(rows)} for input of shape {tuple(x.shape)} with classes along axis {axis}, "
-                         f"got {tuple(target.shape)}" + (f": are classes along another axis? axis={other[0]} fits" if other else ""))
-    return True
-
 def check_labels(x, target):
     "`target` is shaped like the logits `x`; integer ones that look like class indices are told where to go."
     if target.is_complex(): raise TypeError(f"target must be of real numbers, got {target.dtype}")
@@ -289,29 +284,3 @@ def check_labels(x, target):
         raise ValueError(f"target of shape {tuple(target.shape)} looks like class indices: those are for smooth_cross_entropy "
                          f"(LabelSmoothingCrossEntropyFlat); this loss takes labels shaped like input, {tuple(x.shape)}")
     raise ValueError(f"target must be shaped like input, {tuple(x.shape)}, got {tuple(target.shape)}")
-
-def prepare(x: Tensor, target: Tensor, s: Smoothing, weight: Tensor | None, ignore_index: int, axis: int,
-            look: bool, checked: bool) -> SoftmaxTarget:
-    """What the softmax loss of logits `x` is computed against, after all checks but that of class indices, which `resolve_indices` makes.
-
-    Of weight and prior the shapes are looked at alone, their values when a module is built. `look`: values may be read, of soft labels and
-    of one eps a class, if that has not been `checked`."""
-    check_whole('ignore_index', ignore_index)
-    if not x.dim(): raise ValueError(f"input needs an axis of classes, got the scalar {x}")
-    axis = class_axis(x, axis)
-    k = x.shape[axis]
-    if not k: raise ValueError(f"input has no classes along axis {axis}: its shape is {tuple(x.shape)}")
-    s = check_smoothing(s, k, weight, values=False)
-    if k == 1 and not isinstance(s.eps, Tensor): s = s._replace(eps=0.)  # the one class has the label and all of the smoothing
-    if s.prior is not None or weight is not None or isinstance(s.eps, Tensor):
-        if look and not checked and isinstance(s.eps, Tensor): check_eps(s.eps)
-        for name, v in (('eps', s.eps), ('prior', s.prior), ('weight', weight)): check_values(name, v, x)
-        s = s.to(x, accumulator(x))
-        if weight is not None: weight = weight.to(x.device, accumulator(x))
-    is_index = check_targets(x, target, axis, s.multi_hot)
-    check_device(x, target)
-    if not is_index:
-        check_needs_no_index(s)
-        if look and not s.multi_hot: check_soft_rows(target, axis)
-        if ignore_index >= 0: raise ValueError(f"ignore_index={ignore_index} needs class indices as targets, got soft ones")
-    return SoftmaxTarget(target, is_index, s, axis, weight, ignore_index)

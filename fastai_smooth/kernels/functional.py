@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from . import sigmoid, softmax
+from .arguments import prepare
 from .autograd import accumulator, has_no_storage, tracing
-from .checks import (check_dense, check_device, check_indices, check_label_eps, check_labels, check_needs_no_index, check_prior, check_reduction,
-                     check_smoothing, check_soft_rows, check_values, check_whole, is_index, is_sharded, label_prior, prepare,
+from .checks import (check_dense, check_device, check_indices, check_label_eps, check_labels, check_needs_no_index, check_prior,
+                     check_reduction, check_smoothing, check_soft_rows, check_values, check_whole, is_index, is_sharded, label_prior,
                      resolve_indices)
 from .targets import SigmoidTarget, Smoothing, eps_pair, label_axis, one_hot, smooth_labels
 
@@ -40,7 +41,7 @@ def smooth_targets(
     num_classes: int = None,    # K; needed for class indices, checked against `axis` otherwise
     eps = None,                 # Smoothing, in [0,1] (default .1), or Tensor[K]; with `sigmoid` in [0,.5] (default .05), or (e0,e1)
     *,
-    prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; sigmoid: [K], or [2,K]
+    prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; with `sigmoid` [K], or [2,K] by label
     spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
     multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
     sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
@@ -50,7 +51,7 @@ def smooth_targets(
 
     Class indices of shape (...) give q of shape (...,K); labels of shape (...,K) keep it: floating ones (one-hot or
     soft, whose rows sum to 1), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is
-    1/K, and with `sigmoid` 1/2.
+    1/K, and with `sigmoid` 1/2. Of a prior [2,K] negatives have the first row as their u, positives the second.
 
     Raises ValueError for options that do not go together or are out of range, and for rows of soft labels that do not
     sum to 1; TypeError for what is no tensor of real numbers or of a dtype that the options do not go with; IndexError
@@ -140,9 +141,9 @@ def smooth_cross_entropy(
 def smooth_binary_cross_entropy_with_logits(
     input: Tensor,              # Logits, any shape
     target: Tensor,             # Labels in [0,1] shaped like `input`: bool, integer or floating
-    eps: float | tuple = .05,   # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps; or (eps of negatives, of positives)
+    eps: float | tuple = .05,   # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps; or (e0,e1): they become 1-e1 and e0
     *,
-    prior: Tensor = None,       # [K] label frequencies, to smooth to instead of 1/2; or [2,K]: what to smooth negatives and positives to
+    prior: Tensor = None,       # [K] label frequencies, to smooth to instead of 1/2; or [2,K], of negatives and of positives
     weight: Tensor = None,      # As in `F.binary_cross_entropy_with_logits`: broadcasts to `input`
     pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
@@ -150,6 +151,9 @@ def smooth_binary_cross_entropy_with_logits(
     backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
 ) -> Tensor: # In nats: a float32 scalar (float64 for float64 logits), or a value a logit
     """Binary cross entropy of logits against smoothed labels, for multi-label targets. Keras' `label_smoothing` is 2 eps.
+
+    A pair smooths one side only, or one more than the other: (.1, 0.) where some positives are missing. With a `prior` u the label becomes
+    `(1-2*eps)*y + 2*eps*u`; of a prior [2,K] negatives have the first row as their u, positives the second. A pair takes no prior.
 
     Equals `F.binary_cross_entropy_with_logits(input, smooth_targets(target, eps=eps, sigmoid=True))`, in float32 for half
     precision and without the smoothed tensor; 0. for an empty batch.
@@ -200,6 +204,7 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     eps = check_label_eps(eps, prior)
     if prior is not None:
         prior = unwrapped('prior', prior)
+        check_dense('prior', prior)
         check_values('prior', prior, x)
         prior = prior.to(x.device, accumulator(x))
     e0, e1 = (e if isinstance(e, float) else broadcast('prior', e, x) for e in eps_pair(eps, label_prior(prior, x.shape, axis)))

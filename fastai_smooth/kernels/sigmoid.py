@@ -97,12 +97,14 @@ def sigmoid_loss(x: Tensor, target: SigmoidTarget, reduction: str, plain: bool) 
 
 def pytorch_loss(x, y, eps, prior, weight, pos_weight, reduction):
     "PyTorch's own loss of few logits; None for other options than a pos_weight a label, and where the checks have to say what is wrong."
-    if type(eps) is not float or not 0 <= eps <= .5 or prior is not None or weight is not None: return None
+    if prior is not None or weight is not None: return None
+    e0, e1 = eps if type(eps) is tuple and len(eps) == 2 else (eps, eps)
+    if not (type(e0) is type(e1) is float and e0 >= 0 and e1 >= 0 and e0 + e1 <= 1): return None
     if type(reduction) is not str or reduction not in REDUCTIONS: return None
     if not eager_on_cpu(x, y) or not 0 < x.numel() <= FEW or y.shape != x.shape or y.is_complex(): return None
     c = pos_weight
     if c is not None and not (type(c) is Tensor and c.shape == x.shape[-1:] and c.dtype == x.dtype and not c.requires_grad): return None
     try:
-        q = smoothed_labels(SigmoidTarget(y, eps, eps), x.dtype)
+        q = smoothed_labels(SigmoidTarget(y, e0, e1), x.dtype)
         return F.binary_cross_entropy_with_logits(x, q, pos_weight=c, reduction=reduction)
     except RuntimeError: return None

@@ -150,9 +150,9 @@ def label_axis(ndim: int, axis: int | None = None):
     return axis % ndim
 
 def eps_pair(eps, prior=None):
-    """e0 and e1, the smoothing of negatives and of positives: both `eps`, or the pair that it is.
+    """e0 and e1, the smoothing of negatives and of positives: `eps` is both, or the pair of them.
 
-    With a `prior`, itself a pair, a negative moves 2 * eps of the way to its first part, a positive as far to its second."""
+    A `prior` is a pair itself, of negatives and of positives: each label goes 2 * eps of the way to that of its kind."""
     if prior is None: return eps if isinstance(eps, tuple) else (eps, eps)
     of_negatives, of_positives = prior
     return 2 * eps * of_negatives, 2 * eps * (1 - of_positives)

@@ -29,7 +29,9 @@ SOFTMAX = {
 SIGMOID = {
     'bool': (HOT, {}), 'integer': (HOT.long(), {}), 'eps 0': (HOT, dict(eps=0.)), 'eps .5': (HOT, dict(eps=.5)),
     'weight of an item': (HOT, dict(weight=W[:, None])), 'pos_weight': (HOT, dict(pos_weight=W)),
-    'everything': (SOFT, dict(eps=.2, prior=S[0], weight=W, pos_weight=2 * W))}
+    'everything': (SOFT, dict(eps=.2, prior=S[0], weight=W, pos_weight=2 * W)),
+    'pair': (SOFT, dict(eps=(.3, .1))), 'one side': (HOT, dict(eps=(.1, 0.), weight=W, pos_weight=2 * W)),
+    'prior of both': (SOFT, dict(eps=.2, prior=torch.stack([S[0] / 2, (1 + S[1]) / 2]), pos_weight=W))}
 LOSSES = ([pytest.param(smooth_cross_entropy, *v, id=f'softmax {k}') for k, v in SOFTMAX.items()] +
           [pytest.param(smooth_bce, *v, id=f'sigmoid {k}') for k, v in SIGMOID.items()])
 every_option = pytest.mark.parametrize('loss_func,target,options', LOSSES)

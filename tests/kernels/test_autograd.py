@@ -66,7 +66,7 @@ def test_gradgradcheck_of_soft_targets(loss_func, options):
     inputs = logits().requires_grad_(), SOFT.clone().requires_grad_()
     assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
 
-@pytest.mark.parametrize('learned', ['weight', 'prior', 'eps', 'target'])
+@pytest.mark.parametrize('learned', ['weight', 'prior', 'prior of both', 'eps', 'target'])
 @pytest.mark.parametrize('few', [True, False])
 def test_what_is_learned_gets_its_gradient(few, learned, monkeypatch):
     "Weights, priors, an eps a class, soft targets: by plain ops, or by PyTorch where that has one, never a part of it."
@@ -76,9 +76,10 @@ def test_what_is_learned_gets_its_gradient(few, learned, monkeypatch):
         if loss_func is smooth_cross_entropy or weight is None: return plain_loss(loss_func, x, target, weight=weight, **options)
         return (plain_loss(loss_func, x, target, reduction='none', **options) * weight).mean()
     for loss_func, eps in product((smooth_cross_entropy, smooth_bce), (0., .2)):
-        if learned == 'eps' and loss_func is smooth_bce: continue
+        if learned == 'eps' and loss_func is smooth_bce or learned == 'prior of both' and loss_func is smooth_cross_entropy: continue
         v = (SOFT if learned == 'target' else W).clone().requires_grad_()
-        options = dict(eps=eps) | {'weight': dict(weight=v), 'prior': dict(prior=v.softmax(0)), 'eps': dict(eps=v / 2), 'target': {}}[learned]
+        options = dict(eps=eps) | {'weight': dict(weight=v), 'prior': dict(prior=v.softmax(0)), 'eps': dict(eps=v / 2), 'target': {},
+                                   'prior of both': dict(prior=torch.stack([v / 4, v / 2]))}[learned]
         target = v if learned == 'target' else INDEX if loss_func is smooth_cross_entropy else SOFT
         grads = [grad(f(x, target, **options), v, retain_graph=True)[0] for f in (loss_func, partial(weighed, loss_func))]
         assert distance(*(g + 1 for g in grads)) < 1e-6   # eps 0 has none for a prior

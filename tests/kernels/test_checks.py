@@ -3,14 +3,14 @@ from functools import partial
 from itertools import product
 import warnings
 
-import pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import strategies as st
 
 import fuzz
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy, smooth_targets
 from fastai_smooth.kernels.checks import _warn_flip, check_factors, check_number, check_prior, check_whole
 from fastai_smooth.losses import LabelSmoothingBCEWithLogits, LabelSmoothingCrossEntropy
-from fuzz import BAD_BACKEND, BAD_EPS, BAD_REDUCTION, BAD_SPREAD, FLOATS, HALF, INTEGERS, LABELS, NAN, NOT_TENSORS, Row, no_values
+from fuzz import BAD_BACKEND, BAD_EPS, BAD_LABEL_EPS, BAD_REDUCTION, BAD_SPREAD, FLOATS, HALF, INTEGERS, LABELS, NAN, NOT_TENSORS, Row, no_values
 from .cases import lay_out
 from reference import distance, loss_and_grad
 
@@ -22,6 +22,13 @@ XY, XL = dict(input=X, target=Y), dict(input=X, target=torch.ones(2, 3))
     (smooth_cross_entropy, XY | dict(eps=torch.tensor([.1, 1.25, .2])), ValueError, r'every eps must be in \[0, 1\], got \[0.1.*, 1.25, '),
     (smooth_bce, XL | dict(eps=.625), ValueError, r'eps must be in \[0, 0.5\], got 0.625 \(labels: .* at .5 they are the same'),
     (smooth_bce, XL | dict(eps=HALVES), ValueError, r'one eps a class is for the softmax loss'),
+    (smooth_bce, XL | dict(eps=(.7, .5)), ValueError, r'eps=\(0.7, 0.5\) makes a negative 0.7 and a positive 0.5, which is less: the sum is 1 at most'),
+    (smooth_bce, XL | dict(eps=(.1, -.25)), ValueError, r'eps as a pair .* must be in \[0, 1\], got \(0.1, -0.25\)'),
+    (smooth_bce, XL | dict(eps=(.1, .2, .3)), ValueError, r'eps .* a number, or a pair of numbers \(of negatives, of positives\), got \(0.1, 0.2, 0.3\)'),
+    (smooth_bce, XL | dict(eps=(.1, '.2')), TypeError, r"eps must be a pair of numbers \(of negatives, of positives\), got '.2'"),
+    (smooth_bce, XL | dict(eps=(.1, 0.), prior=torch.ones(3)), ValueError, r'eps=\(0.1, 0\) takes no prior: .* take one eps and a prior \[2,K\]'),
+    (smooth_targets, dict(target=torch.ones(2, 3), sigmoid=True, eps=(.7, .5)), ValueError, 'the sum is 1 at most'),
+    (smooth_bce, XL | dict(prior=torch.ones(3, 3)), ValueError, r'prior must have shape \(3,\) or \(2, 3\) for \(2, 3\) .*, got \(3, 3\)'),
     (smooth_cross_entropy, XY | dict(eps=torch.full((5,), .1)), ValueError, r'eps must have shape \(3,\) for 3 classes, got \(5,\)'),
     (smooth_cross_entropy, XY | dict(prior=torch.full((5, 3), 1 / 3)), ValueError, r'prior must have shape \(3, 3\) for 3 classes, got \(5, 3\)'),
     (smooth_cross_entropy, XY | dict(weight=torch.ones(1, 3)), ValueError, r'weight must have shape \(3,\) for 3 classes, got \(1, 3\)'),
@@ -33,8 +40,8 @@ XY, XL = dict(input=X, target=Y), dict(input=X, target=torch.ones(2, 3))
     (smooth_bce, XY, ValueError, r'looks like class indices: those are for smooth_cross_entropy'),
     (smooth_bce, dict(input=torch.zeros(2, 3, 4, 4), target=torch.zeros(2, 4, 4).long()), ValueError, 'those are for smooth_cross_entropy'),
     (smooth_bce, XL | dict(target=torch.rand(2, 1)), ValueError, r'target must be shaped like input, \(2, 3\), got \(2, 1\)'),
-    (smooth_bce, XL | dict(prior=HALVES), ValueError, r'prior must have shape \(3,\) for \(2, 3\) \(labels along axis 1\), got \(5,\)'),
-    (smooth_bce, dict(input=torch.zeros(2, 4, 5), target=torch.ones(2, 4, 5), prior=HALVES), ValueError, r'\(1,\) for \(2, 4, 5\) \(one label; axis= says where'),
+    (smooth_bce, XL | dict(prior=HALVES), ValueError, r'prior must have shape \(3,\) or \(2, 3\) for \(2, 3\) \(labels along axis 1\), got \(5,\)'),
+    (smooth_bce, dict(input=torch.zeros(2, 4, 5), target=torch.ones(2, 4, 5), prior=HALVES), ValueError, r'\(1,\) or \(2, 1\) for \(2, 4, 5\) \(one label; axis= says where'),
     (smooth_bce, XL | dict(axis=-3), IndexError, 'axis -3 is out of range'),
     (smooth_bce, XL | dict(weight=HALVES), ValueError, r"weight must broadcast to input's shape \(2, 3\), got \(5,\)"),
     (smooth_cross_entropy, dict(input=torch.zeros(3, 4, 5), target=torch.zeros(3, 4).long()), ValueError, r'got \(3, 4\): are classes along another axis\? axis=2 fits'),
@@ -47,6 +54,8 @@ XY, XL = dict(input=X, target=Y), dict(input=X, target=torch.ones(2, 3))
     (partial(check_whole, 'n', low=1, high=4), dict(v=5), ValueError, 'n must be a whole number of 1 or more, 4 at most, got 5'),
     (partial(check_number, 'x', low=0, high=1, strictly=True), dict(v=1), ValueError, r'x must be in \(0, 1\), got 1'),
     (check_prior, dict(prior=torch.tensor([.5, 1.5]), sigmoid=True), ValueError, r'prior must be probabilities in \[0, 1\], got 1.5'),
+    (check_prior, dict(prior=torch.ones(3, 4), sigmoid=True), ValueError, r'prior must be \[K\], or \[2,K\] with a row of negatives and one of positives, got .*\(3, 4\)'),
+    (check_prior, dict(prior=torch.tensor([[0., .5], [1., .25]]), sigmoid=True), ValueError, r'prior \[2,K\] has negatives in its first row.* got 0.5 and 0.25 for label 1'),
     (check_prior, dict(prior=torch.tensor([.5, .75, -.25])), ValueError, 'prior must not be negative or nan, got -0.25'),
     (check_factors, dict(weight=torch.tensor([1., NAN])), ValueError, 'weight must be finite and not negative, got nan'),
     (check_factors, dict(weight=torch.tensor([1e-31])), ValueError, r'weight must have its largest value between 1e-30 and 1e30 \(or be 0\), got 1e-31: scale it')])
@@ -58,7 +67,8 @@ def test_ends_of_ranges_are_taken():
     check_factors(weight=torch.zeros(2), pos_weight=None), check_prior(torch.tensor([0., 1.])), check_prior(torch.tensor([0., 1., 1.]), sigmoid=True)
     assert smooth_targets(torch.tensor([0, 1]), 2, torch.tensor([1., 0.])).tolist() == [[.5, .5], [0, 1]]
     for eps in (0, 1, torch.tensor(1.)): smooth_cross_entropy(X, Y, eps)
-    for eps in (0, .5): smooth_bce(X, X, eps)
+    for eps in (0, .5, (0, 0), (1, 0), (0., 1.), [.1, .9], (torch.tensor(.75), .25), np.array([.75, .25]), np.array(.5)): smooth_bce(X, X, eps)
+    check_prior(torch.tensor([[0., .5, 1.], [0., 1., 1.]]), sigmoid=True)
 
 @pytest.mark.parametrize('f,together', [*product([smooth_cross_entropy, smooth_targets], ['others prior', 'others matrix', 'hot prior', 'hot matrix', 'soft eps', 'soft matrix'])])
 def test_options_that_do_not_go_together(f, together):
@@ -88,7 +98,7 @@ def test_an_eps_of_no_dimensions_gets_no_gradient():
     for f in (lambda: smooth_cross_entropy(x, y, eps), lambda: smooth_targets(torch.eye(3), eps=eps)):
         with pytest.raises(ValueError, match=r'no gradient: pass eps.detach\(\), or to learn it eps.expand\(3\)'): f()
     with pytest.raises(ValueError, match=r'or to learn it eps.expand\(K\)'): LabelSmoothingCrossEntropy(eps)
-    for f in (lambda: smooth_bce(x, x > 0, eps), lambda: smooth_targets(torch.eye(3), eps=eps, sigmoid=True)):
+    for f in (lambda: smooth_bce(x, x > 0, eps), lambda: smooth_bce(x, x > 0, (eps, .1)), lambda: smooth_targets(torch.eye(3), eps=eps, sigmoid=True)):
         with pytest.raises(ValueError, match=r'no gradient: pass eps.detach\(\)$'): f()
     with pytest.raises(ValueError, match=r'no gradient'): torch.func.grad(lambda e: smooth_cross_entropy(x, y, e))(eps.detach())
     assert distance(smooth_cross_entropy(x, y, eps.detach()), smooth_cross_entropy(x, y, eps.item())) < 1e-12
@@ -141,8 +151,8 @@ def soft(draw):
 def labels(draw):
     shape = draw(st.sampled_from([(4, 3), (2, 3, 4, 5)]))
     each = lambda: vector(draw, 3).view(3, *[1] * (len(shape) - 2))
-    return dict(input=6 * fuzz.rand(draw, *shape) - 3, target=(fuzz.rand(draw, *shape) < .4).float(), eps=draw(st.sampled_from([.05, 0, .5])),
-                prior=maybe(draw, lambda: fuzz.rand(draw, 3)), weight=maybe(draw, each), pos_weight=maybe(draw, each), reduction=draw(st.sampled_from(['mean', 'none'])))
+    both = draw(st.sampled_from([dict(eps=(.1, 0.)), dict(eps=[.3, .7]), dict(eps=.05), dict(eps=0, prior=fuzz.rand(draw, 3)), dict(eps=.5, prior=fuzz.rand(draw, 2, 3))]))
+    return dict(prior=None) | both | dict(input=6 * fuzz.rand(draw, *shape) - 3, target=(fuzz.rand(draw, *shape) < .4).float(), weight=maybe(draw, each), pos_weight=maybe(draw, each), reduction=draw(st.sampled_from(['mean', 'none'])))
 
 @st.composite
 def classes(draw):
@@ -171,7 +181,8 @@ TABLE = {
         dict(input=FLOATS + HALF, target=FLOATS + HALF, prior=(*FLOATS, torch.int64), weight=(*FLOATS, *HALF, torch.int64))),
     'smooth_binary_cross_entropy_with_logits': Row(smooth_bce, labels(), LOSS | {
         'input or target': NO_LOGITS[:-2] + no_values('input'), 'target or input': [*NOT_TENSORS, lambda a: a['target'][:1, :2], lambda a: a['target'][:, 0].long(), *no_values('target')],
-        'eps': [*BAD_EPS, .50001, 1., torch.tensor([.1, .2, .3])], 'axis': [o for o in BAD_AXIS if o is not None], 'prior': wrong_vectors('prior'),
+        'eps': BAD_LABEL_EPS, 'eps or prior': [lambda a: dict(eps=(.1, 0.), prior=torch.full((3,), .5))],
+        'axis': [o for o in BAD_AXIS if o is not None], 'prior': wrong_vectors('prior') + [torch.full((3, 3), .5), torch.full((2, 4), .5), torch.full((1, 3), .5)],
         'weight': [*NOT_TENSORS[1:], torch.ones(7), torch.ones(2, 1, 1, 1, 1, 1), torch.ones(3, device='meta')], 'pos_weight': ['abc', 3.5, torch.ones(7)]},
         dict(input=FLOATS + HALF, target=LABELS, prior=(*FLOATS, torch.int64), weight=(*FLOATS, *HALF, torch.int64), pos_weight=FLOATS + HALF)),
     'smooth_targets': Row(smooth_targets, classes(), {

@@ -22,7 +22,7 @@ def masked():
     return x, torch.tensor([0, 3, 1, 0])
 
 @some_options('softmax weight, ignored', 'softmax weight, matrix', 'softmax soft, weight', 'softmax multi-hot, others', 'softmax per-class eps', 'softmax nothing left',
-              'sigmoid everything')
+              'sigmoid everything', 'sigmoid one side', 'sigmoid prior of both')
 def test_compile_fullgraph(loss_func, target, options):
     "No graph break; forward and one backward with eager's numbers."
     x, reduction = logits(), 'none' if 'eps' in options else 'mean'
@@ -51,6 +51,18 @@ def test_compile_dynamic_batch():
     for n in (4, 3, 2): assert max(map(distance, loss_and_grad(f, SOFT[:n], INDEX[:n]), loss_and_grad(smooth_cross_entropy, SOFT[:n], INDEX[:n]))) < 1e-6
     with pytest.raises((IndexError, RuntimeError), match='44'): f(logits(), torch.tensor([0, 44, 1, 2]))
 
+@pytest.mark.parametrize('pair', [False, True])
+def test_compile_any_eps(pair):
+    "A schedule compiles twice: when eps first changes, it becomes a number that may, or both of a pair do."
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    counter, x = CompileCounterWithBackend('aot_eager'), logits()
+    f = torch.compile(smooth_bce, fullgraph=True, backend=counter)
+    for eps in torch.linspace(0, .4, 5).tolist():
+        if pair: eps = eps, eps / 2
+        assert max(map(distance, loss_and_grad(f, x, HOT, eps), loss_and_grad(smooth_bce, x, HOT, eps))) < 1e-6
+    assert counter.frame_count == 2
+
 def test_opcheck():
     for y in (INDEX, IGNORED): torch.library.opcheck(torch.ops.fastai_smooth.checked_indices, (y, 4, -100))
 
@@ -68,15 +80,15 @@ def test_torch_func_grad_and_make_fx(loss_func, target, options):
         return loss, torch.autograd.grad(loss, x, torch.full_like(loss, .3))[0]
     assert max(map(distance, make_fx(step)(x)(z), step(z))) < 1e-6
 
-@pytest.mark.parametrize('loss_func,target', [(smooth_cross_entropy, INDEX), (smooth_cross_entropy, SOFT), (smooth_cross_entropy, IGNORED), (smooth_bce, HOT)])
-def test_torch_func_vmap(loss_func, target):
+@some_options('softmax index', 'softmax soft', 'softmax ignored', 'sigmoid bool', 'sigmoid one side', 'sigmoid prior of both')
+def test_torch_func_vmap(loss_func, target, options):
     "Over a batch of batches; per-sample gradients; a Hessian."
-    x, targets = logits(3, 4, 4), torch.stack([target, target.flip(0), target])
-    losses, grads = zip(*(loss_and_grad(loss_func, a, b) for a, b in zip(x, targets)))
-    assert distance(torch.func.vmap(loss_func)(x, targets), torch.stack(losses)) < 1e-6
-    assert distance(torch.func.vmap(torch.func.grad(loss_func))(x, targets), torch.stack(grads)) < 1e-6
-    expected = torch.autograd.functional.hessian(lambda x: plain_loss(loss_func, x, target), x[0])
-    assert distance(torch.func.hessian(loss_func)(x[0], target), expected) < 1e-6
+    f, x, targets = partial(loss_func, **options), logits(3, 4, 4), torch.stack([target, target.flip(0), target])
+    losses, grads = zip(*(loss_and_grad(f, a, b) for a, b in zip(x, targets)))
+    assert distance(torch.func.vmap(f)(x, targets), torch.stack(losses)) < 1e-6
+    assert distance(torch.func.vmap(torch.func.grad(f))(x, targets), torch.stack(grads)) < 1e-6
+    expected = torch.autograd.functional.hessian(lambda x: plain_loss(loss_func, x, target, **options), x[0])
+    assert distance(torch.func.hessian(f)(x[0], target), expected) < 1e-6
 
 @pytest.mark.parametrize('index', [-1, 3, 4])
 def test_class_index_out_of_range_is_nan(index):

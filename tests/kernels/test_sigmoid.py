@@ -10,12 +10,15 @@ from reference import REDUCTIONS, distance, loss_and_grad, rounded_once, sigmoid
 
 HALF = torch.float16, torch.bfloat16
 
-def torch_bce(input, target, eps=.05, prior=.5, **options):
+def torch_bce(input, target, eps=.05, prior=None, **options):
     "PyTorch's loss of smoothed targets."
-    return F.binary_cross_entropy_with_logits(input, (1 - 2 * eps) * target.to(input.dtype) + 2 * eps * prior, **options)
+    e0, e1 = eps if isinstance(eps, tuple) else (eps, eps)
+    of_negatives, of_positives = prior if isinstance(prior, tuple) else (prior, prior)
+    if prior is not None: e0, e1 = 2 * eps * of_negatives.double(), 2 * eps * (1 - of_positives.double())
+    return F.binary_cross_entropy_with_logits(input, e0 + (1 - e0 - e1) * target.to(input.dtype), **options)
 
 def setting(seed):
-    "Logits, target, options and grad_output; and the prior shaped to broadcast to the logits."
+    "Logits, target, options and grad_output; and the prior shaped to broadcast to the logits, or a pair of such."
     rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
     rand = lambda *s: torch.rand(s, generator=gen, dtype=torch.float64)
     shape = [rng.randint(1, 5) for _ in range(rng.randint(0, 4))]
@@ -30,16 +33,20 @@ def setting(seed):
                    weight=(rand(*broadcast()) + .1).to(wide) if rng.random() < .4 else None,
                    pos_weight=(3 * rand(*broadcast()) + .1).to(wide) if rng.random() < .4 else None)
     prior = None
-    if rng.random() < .4:   # along axis 1 of tables and images, along the one given; else of one label. (K,) is a row
+    if rng.random() < .3:   # one of negatives, one of positives
+        e0, e1 = rng.choice([(0., .1), (.1, 0.), (.02, .3), (.7, .3), (1., 0.), (0., 0.), (rng.random(), 0.)])
+        options['eps'] = e0, rng.random() * (1 - e0) if e1 else e1
+    elif rng.random() < .5:   # along axis 1 of tables and images, along the one given; else of one label. (K,) is a row
         given = rng.choice([None, None, *range(-len(shape), len(shape))])
         at = given if given is not None else {1: 0, 2: 1, 4: 1}.get(len(shape))
-        options |= dict(prior=rand(1 if at is None else shape[at]).to(wide), axis=given)
-        prior = options['prior'].view([-1 if at is not None and d == at % len(shape) else 1 for d in range(len(shape))])
+        options |= dict(prior=rand(*rng.choice([(), (2,)]), 1 if at is None else shape[at]).to(wide), axis=given)
+        along = lambda row: row.view([-1 if at is not None and d == at % len(shape) else 1 for d in range(len(shape))])
+        prior = along(options['prior']) if options['prior'].dim() == 1 else tuple(map(along, options['prior']))
     return x, y, options, rand(*shape) - .5 if options['reduction'] == 'none' else rng.choice([1., 1.7]), prior
 
 @pytest.mark.parametrize('part', range(2))
 def test_random_settings(way, part):
-    "0-D to 4-D, every kind of target and dtype, weights that broadcast, priors along any axis, any strides: beside float64, and PyTorch."
+    "0-D to 4-D, every kind of target and dtype, pairs of eps, weights that broadcast, priors along any axis, any strides: beside float64, and PyTorch."
     for seed in range(part, SETTINGS, 2):
         x, y, options, g, prior = setting(seed)
         tolerance = 1e-10 if x.dtype == torch.float64 else 3e-6
@@ -51,8 +58,7 @@ def test_random_settings(way, part):
         assert near(loss, expected[0], tolerance, 1.) and near(quiet, expected[0], tolerance, 1.), (seed, options)   # (1 - q) x + ... cancels
         assert near(grad.double(), expected[1], tolerance) or x.dtype in HALF and rounded_once(grad, expected[1], 1e-6), (seed, options)
         if way != 'few': continue
-        others = cast_all(others, torch.float64) | dict(prior=.5 if prior is None else prior.double())
-        pytorchs = loss_and_grad(torch_bce, x.double(), cast(y, torch.float64), grad_output=g, **others)
+        pytorchs = loss_and_grad(torch_bce, x.double(), cast(y, torch.float64), grad_output=g, **cast_all(others, torch.float64))
         assert all(near(a, e, 1e-10) for a, e in zip(pytorchs, expected)), seed
 
 def test_by_hand():
@@ -61,6 +67,24 @@ def test_by_hand():
     loss, grad = loss_and_grad(smooth_bce, x, y, .1, reduction='none')
     assert (loss - torch.tensor([[math.log(2), -.1 * math.log(.75) - .9 * math.log(.25)]])).abs().max() < 1e-7
     assert (grad - torch.tensor([[.5 - .9, .75 - .1]])).abs().max() < 1e-7
+
+def test_one_side_by_hand():
+    "eps=(.1, 0.): a negative is .1, a positive stays 1. Of a prior [2,K] each goes 2 eps of the way to its own row."
+    x, y = torch.tensor([[0, math.log(3)]], dtype=torch.float64), torch.tensor([[1, 0]])
+    loss, grad = loss_and_grad(smooth_bce, x, y, (.1, 0.), reduction='none')
+    assert (loss - torch.tensor([[math.log(2), -.1 * math.log(.75) - .9 * math.log(.25)]])).abs().max() < 1e-7
+    assert (grad - torch.tensor([[.5 - 1, .75 - .1]])).abs().max() < 1e-7
+    grad = loss_and_grad(smooth_bce, x, y, .25, prior=torch.tensor([[.2, .4], [.6, .8]]), reduction='none')[1]
+    assert (grad - torch.tensor([[.5 - (.5 + .5 * .6), .75 - .5 * .4]])).abs().max() < 1e-7
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_side_that_is_not_smoothed_stays(way, dtype):
+    "Positives at 1 and negatives at 0, but for the rounding of their sum: where the logits are sure, no loss falls below 0."
+    x = torch.linspace(20, 90, 64, dtype=dtype)
+    for eps in torch.linspace(0, 1, 40).tolist():
+        for label, pair in ((1, (eps, 0.)), (0, (0., eps))):
+            loss = smooth_bce((2 * label - 1) * x, torch.full_like(x, label), pair, reduction='none')
+            assert (loss >= 0).all() and (loss <= 1.01 * torch.exp(-x) + torch.finfo(dtype).eps * x).all()
 
 def test_optimum():
     "The best logit of a positive is ln((1-eps)/eps), of a negative its opposite."
@@ -112,6 +136,8 @@ def test_which_way(monkeypatch):
         return ' '.join(seen)
     enough, quick, slow = sigmoid.ENOUGH_SMOOTHING, 'pytorch? quick', 'pytorch? quick?'
     assert way(3) == way(3, pos_weight=w) == way(3, eps=0.) == way(3, eps=.5, reduction='none') == 'pytorch'
+    assert way(3, eps=(.1, 0.)) == way(3, eps=(.7, .3)) == way(3, eps=(0., 1.)) == 'pytorch' and way(3, eps=(.1, 0)) == 'pytorch? quick?'
+    assert way(eps=(enough, .3)) == quick and way(eps=(.1, 0.)) == way(eps=(0., .1)) == slow
     assert way() == way(eps=enough) == way(reduction='none') == quick
     assert way(eps=math.nextafter(enough, 0)) == way(eps=0.) == way(weight=w) == way(pos_weight=w) == way(prior=w) == slow
     assert way(3, weight=w) == way(3, prior=w) == way(3, pos_weight=w[:, None][:3]) == slow and way(3, eps=torch.tensor(.05)) == quick

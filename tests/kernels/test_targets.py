@@ -29,7 +29,12 @@ def close(q, expected): return distance(q, torch.as_tensor(expected)) < 1e-6
     (HOT, dict(eps=.15, multi_hot=True, spread='others'), [[.425, .05, .425, .05, .05]]),                                 # (1-eps)/n and eps/(K-n)
     ([[1., 0., .5, .7]], dict(eps=.1, sigmoid=True), [[.9, .1, .5, .66]]),                                                # y (1-2eps) + eps
     ([[True, False]], dict(eps=.5, sigmoid=True), [[.5, .5]]), ([[1., math.nan]], dict(eps=.1, sigmoid=True), [[.9, math.nan]]),   # unknown stays nan
-    ([[1., 0., 0.]], dict(eps=.1, sigmoid=True, prior=torch.tensor([.9, .5, .1])), [[.98, .1, .02]])])                    # y (1-2eps) + 2 eps prior
+    ([[1., 0., 0.]], dict(eps=.1, sigmoid=True, prior=torch.tensor([.9, .5, .1])), [[.98, .1, .02]]),                     # y (1-2eps) + 2 eps prior
+    ([[1, 0]], dict(eps=(.1, 0.), sigmoid=True), [[1., .1]]), ([[1., 0., .5, math.nan]], dict(eps=[.2, .1], sigmoid=True), [[.9, .2, .55, math.nan]]),   # e0, 1-e1
+    ([[True, False]], dict(eps=(1, 0), sigmoid=True), [[1., 1.]]), ([[1, 0]], dict(eps=(.25, .75), sigmoid=True), [[.25, .25]]),
+    ([[1., 0.], [0., 1.], [.5, .5]], dict(eps=.25, sigmoid=True, prior=torch.tensor([[.2, .4], [.6, .8]])), [[.8, .2], [.1, .9], [.45, .55]]),   # of negatives, of positives
+    ([1, 0], dict(eps=.25, sigmoid=True, prior=torch.tensor([[.2, .4], [.6, .8]])), [.8, .2]),
+    ([[1, 0]], dict(eps=.5, sigmoid=True, prior=torch.tensor([[0, 0], [1, 1]])), [[1., 0.]])])                            # of integers
 def test_by_hand(target, options, expected): assert close(smooth_targets(torch.tensor(target), **options), expected)
 
 @pytest.mark.parametrize('K,eps', [(2, .1), (2, .5), (3, .2), (10, .9), (1000, .1)])
@@ -87,6 +92,9 @@ def test_sigmoid_prior_lies_along_the_labels():
         with pytest.raises(ValueError, match='prior must have shape .* for .*axis'): q(shape, prior, axis=axis)
     with pytest.raises(ValueError, match='num_classes is 4, but target has 2 along axis 1'): q((3, 2, 4, 4), [.2, .6], num_classes=4)
     assert distance(q((3, 2), [.5, .5]), smooth_targets(torch.zeros(3, 2), eps=.5, sigmoid=True)) < 1e-6
+    for shape, rows, kw in (((3, 2, 4, 4), [[.2, .6], [.7, .9]], {}), ((3, 4, 2), [[.2, .6], [.7, .9]], dict(axis=-1)), ((3, 4, 4), [[.2], [.7]], {}), ((5,), [[.2], [.7]], {})):
+        assert torch.equal(q(shape, rows, **kw), q(shape, rows[0], **kw))   # a row of negatives and one of positives lie as one does
+        assert torch.equal(smooth_targets(torch.ones(shape), eps=.5, prior=torch.tensor(rows), sigmoid=True, **kw), q(shape, rows[1], **kw))
 
 def test_axis():
     "Of the classes in q: the last one, unless it is given."
@@ -181,6 +189,6 @@ def test_a_chunk_of_a_target():
     for whole in (t, s): assert whole.chunk(...) is whole
 
 def test_eps_pair():
-    "q = e0 + (1 - e0 - e1) y: a negative becomes e0, a positive 1 - e1; a prior says where each goes by twice eps."
+    "q = e0 + (1 - e0 - e1) y: a negative becomes e0, a positive 1 - e1; a prior, one of negatives and one of positives, is gone to by twice eps."
     assert eps_pair(.1) == (.1, .1) and eps_pair((.1, .2)) == (.1, .2) and eps_pair(.125, (.25, .75)) == (.0625, .0625)
     assert smooth_labels(torch.tensor([0., 1., .5]), .125, .25).tolist() == [.125, .75, .4375]

@@ -39,7 +39,8 @@ def test_opcheck(case, reduction):
     torch.library.opcheck(sigmoid.sigmoid_forward, args, test_utils=tests)
     torch.library.opcheck(sigmoid.sigmoid_backward, (torch.ones_like(sigmoid.sigmoid_forward(*args)), x.detach(), *args[1:]), test_utils=tests)
 
-def test_compiled_for_any_eps(launched):
+@pytest.mark.parametrize('pair', [False, True])
+def test_compiled_for_any_eps(launched, pair):
     "The kernel stands in the graph, with eager's numbers. A schedule of eps compiles twice: when it first changes, it becomes a number that may."
     from torch._dynamo.testing import CompileCounterWithBackend
     x, _ = inputs(6, 10, torch.float32)
@@ -49,6 +50,7 @@ def test_compiled_for_any_eps(launched):
     compiled = torch.compile(f, fullgraph=True, backend=counter)
     for eps in torch.linspace(0, .4, 5).tolist():
         launched.clear()
+        if pair: eps = eps, eps / 2
         actual = loss_and_grad(compiled, x, x > 0, eps)
         assert launched == ['forward', 'backward'] and max(map(distance, actual, loss_and_grad(f, x, x > 0, eps, 'torch'))) < 1e-6
     assert counter.frame_count == 2
