@@ -6,64 +6,88 @@
 __all__ = ['MultiLabelSmoothingCallback', 'LabelSmoothingScheduler']
 
 # %% ../nbs/03_callback.ipynb #abc0c15a
-from traceback import walk_stack
 from fastai.basics import *
-from fastai.callback.mixup import MixHandler
-from fastai.callback.schedule import ParamScheduler
-import fastai.losses
-from .kernels.checks import check_eps, check_prior, label_prior, warn
+from fastai.callback.schedule import LRFinder, ParamScheduler
+from .kernels.checks import check_eps, check_label_eps, check_prior, label_prior, warn
+from .kernels.functional import binary_cross_entropy, unwrapped
 from .kernels.targets import eps_pair, smooth_labels
 from .losses import *
-from .losses import given_axis
+from .losses import given_axis, label_axis_of
+from .predictions import class_names, prediction_rows
 from .prior import train_prior
-
-# %% ../nbs/03_callback.ipynb #a5a50fbc
-smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits,
-                    LabelSmoothingBCEWithLogitsFlat, fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
-
-def set_loss(learn, loss):
-    "Makes `loss` the one that `base_loss` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
-    owner = getattr(learn.loss_func, '__self__', None)
-    stack = walk_stack(sys._getframe()) # which knows whether `learn` trains; all else an exception leaves as it was
-    trains = any(f.f_code.co_name == '_do_epoch_train' and f.f_locals.get('self') is learn for f,_ in stack)
-    if isinstance(owner, MixHandler) and trains: owner.old_lf = loss
-    else: learn.loss_func = loss
+from .smoothed import smoothing_losses, sigmoid_options
 
 # %% ../nbs/03_callback.ipynb #85ca0beb
 class MultiLabelSmoothingCallback(Callback):
     """Smooths multi-label targets in training: a positive becomes 1-eps, a negative eps, and a soft label y y*(1-2eps)+eps.
+
+    With a pair, eps=(e0,e1), a positive becomes 1-e1 and a negative e0: (.1, 0.) where labels are missing, as in single-positive training
+    (Cole et al. 2021, arXiv:2106.09708). With prior='online' the target is y*(1-2eps)+2eps*S, where S is the mean probability, over the
+    last training epoch, of the rows that have this label (or have it not, as the target) and are right; 1/2 in the first epoch, and where
+    there is no such row. S stays from fit to fit, and goes with the callback.
 
     Works with any loss of logits and floating targets (`BCEWithLogitsLossFlat`, with pos_weight, or your own). The loss that is
     backpropagated, and that the Recorder logs, is that of the smoothed targets, with all that other callbacks do to it. `learn.yb` is
     smoothed from `before_backward` to `after_backward`; metrics, later callbacks and validation see hard labels.
     A vectorised version of the forum's callback (https://forums.fast.ai/t/can-label-smoothing-be-used-for-multi-label-images/46673)."""
     order,run_valid = -math.inf,False # before all others: what they do to the loss, they do to the smoothed one
-    _stateattrs = ('_frequencies','_reached')
-    _frequencies,_reached = None,True
+    _stateattrs = ('_frequencies','_reached','_sums','_counts','_trains')
+    _frequencies=_sums=_counts=prior=learnt = None # `learnt` is S [2,K], of those that have the label not and of those that have it
+    _reached,_trains,eps = True,False,.05
 
     def __init__(self,
-        eps:float=.05, # Smoothing in [0,1/2]; Keras' `label_smoothing` is twice that
-        prior:Tensor|str=None # [K] label frequencies in [0,1] to smooth to instead of 1/2; 'train': those of `dls.train`
-    ): self.eps,self.prior = eps,prior
+        # Smoothing in [0,1/2], half of Keras' `label_smoothing` (None: .05, online .25); or a pair (of negatives, of positives)
+        eps:float|tuple=None,
+        # What to smooth to instead of 1/2: [K] label frequencies in [0,1], or [2,K], for negatives and for positives; 'train': the
+        # frequencies in `dls.train`; 'online': what the model predicted in the epoch before
+        prior:Tensor|str=None
+    ):
+        self.prior = prior
+        self.eps = ifnone(eps, .25 if self.online else .05)
+
+    online = property(lambda self: isinstance(self.prior, str) and self.prior == 'online', doc='Does it smooth to what the model predicts?')
 
     def __setattr__(self, name, v):
-        if name == 'eps':
-            v = check_eps(v, .5)
-            if v == .5: warn('eps=.5 makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
-        if name == 'prior' and isinstance(v, str) and v != 'train': raise ValueError(f"prior must be a tensor or 'train', got {v!r}")
-        if name == 'prior' and not (v is None or isinstance(v, str)): check_prior(v, sigmoid=True)
-        super().__setattr__(name, v)
+        if name in self._stateattrs: return vars(self).update({name: v}) # in each step; fastai would look in Learner and model for it
+        super().__setattr__(name, _checked(name, v, self.eps, self.prior))
+        if name == 'prior': self.learnt,self._sums,self._trains = None,None,False
 
-    def __repr__(self): return f'{super().__repr__()}(eps={self.eps:g}' + ('' if self.prior is None else f', prior={self.prior!r}') + ')'
+    def __repr__(self):
+        prior = '' if self.prior is None else f', prior={self.prior!r}'
+        return f'{super().__repr__()}(eps={eps_text(self.eps)}{prior})'
 
-    def after_pred(self):
-        if isinstance(self.pred, Tensor): self._check_target() # else it would fail in the loss, less clearly
-    def after_cancel_backward(self): self._reached = True # there is no gradient
-    def after_cancel_batch(self):
-        "Hard labels again, the very object; before the first batch there are none"
-        yb = getattr(self.learn, 'yb', None)
-        if isinstance(yb, _SmoothedTargets): self.learn.yb = yb.hard
-    after_cancel_train=after_cancel_epoch=after_cancel_fit = after_cancel_batch
+# %% ../nbs/03_callback.ipynb #cbopts00
+def _checked(name, v, eps, prior):
+    "What the callback's attribute `name` becomes when it is set to `v`"
+    if name == 'eps':
+        v = check_label_eps(v, prior)
+        own = isinstance(prior, str) and prior == 'online' or isinstance(prior, Tensor) and prior.dim() == 2 # of negatives and of positives
+        if sum(eps_pair(v)) == 1 and not own:
+            warn(f'eps={eps_text(v)} makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
+    elif name == 'prior':
+        if isinstance(v, str) and v not in ('train','online'): raise ValueError(f"prior must be a tensor, 'train' or 'online', got {v!r}")
+        if not (v is None or isinstance(v, str)): check_prior(v, sigmoid=True)
+        check_label_eps(eps, v) # a pair takes none
+    return v
+
+@patch
+def __call__(self:MultiLabelSmoothingCallback, event_name):
+    "Of the events those that it has: for others fastai would ask Learner and model, which takes long"
+    if event_name == 'after_fit' or event_name in vars(self) or hasattr(type(self), event_name): return Callback.__call__(self, event_name)
+
+@patch
+def after_pred(self:MultiLabelSmoothingCallback):
+    if isinstance(self.learn.pred, Tensor): self._check_target() # else it would fail in the loss, less clearly
+
+@patch
+def after_cancel_backward(self:MultiLabelSmoothingCallback): self._reached = True # there is no gradient
+
+@patch
+def after_cancel_batch(self:MultiLabelSmoothingCallback):
+    "Hard labels again, the very object; before the first batch there are none"
+    if isinstance(yb := getattr(self.learn, 'yb', None), _SmoothedTargets): self.learn.yb = yb.hard
+for _o in ('train','epoch','fit'):
+    setattr(MultiLabelSmoothingCallback, f'after_cancel_{_o}', MultiLabelSmoothingCallback.after_cancel_batch)
 
 # %% ../nbs/03_callback.ipynb #cbevents
 class _SmoothedTargets(tuple):
@@ -71,22 +95,25 @@ class _SmoothedTargets(tuple):
 
 @patch
 def before_train(self:MultiLabelSmoothingCallback):
-    "Count labels, once a fit, and before anything is trained: there may be none"
-    if not isinstance(self.prior, str) or self._frequencies is not None: return
-    self._frequencies = train_prior(self.dls, multi=True, axis=given_axis(base_loss(self.learn.loss_func)))
+    "Count labels, once a fit, and before anything is trained: there may be none. And forget the sums of an epoch that was not finished"
+    self._prior()
+    self._sums,self._trains = None,self.online and not self.learn._grab_cbs(LRFinder) # whose training is undone
 
 @patch
 def after_loss(self:MultiLabelSmoothingCallback):
     "Put the smoothed loss in place of the hard one, before another callback builds on that"
     self._check_target()
-    loss = self.learn.loss_func(self.pred, self._smoothed(self.yb[0]))
+    learn = self.learn # to ask the callback for what it lacks is a search
+    loss = self._loss(learn.loss_func, learn.pred, learn.yb[0])
     self._reached = not loss.requires_grad
     if loss.requires_grad: loss.register_hook(lambda grad: setattr(self, '_reached', True))
-    self.learn.loss,self.learn.loss_grad = loss,loss.clone() # others change loss_grad in place
+    learn.loss,learn.loss_grad = loss,loss.clone() # others change loss_grad in place
+    if self._trains:
+        with torch.no_grad(): self._add(*prediction_rows(learn.pred, learn.yb[0], base_loss(learn.loss_func))[:2])
 
 @patch
 def before_backward(self:MultiLabelSmoothingCallback): # whoever looks sees the smoothed target
-    yb = _SmoothedTargets([self._smoothed(self.yb[0])])
+    yb = _SmoothedTargets([self._smoothed(self.learn.yb[0])])
     yb.hard,self.learn.yb = self.learn.yb,yb
 
 @patch
@@ -94,14 +121,58 @@ def after_backward(self:MultiLabelSmoothingCallback): # hard labels again; and d
     self.after_cancel_batch()
     if not self._reached: raise RuntimeError('another callback put a loss of its own in place of loss_grad: it has no part to smooth')
 
+# %% ../nbs/03_callback.ipynb #cbloss00
+@patch
+def _prior(self:MultiLabelSmoothingCallback):
+    "[K] or [2,K], or None for 1/2"
+    u = self.prior
+    if not isinstance(u, str): return u
+    if u == 'train' and self._frequencies is None: # set just now, perhaps
+        self._frequencies = train_prior(self.dls, multi=True, axis=given_axis(base_loss(self.learn.loss_func)))
+    return self._frequencies if u == 'train' else self.learnt
+
+@patch
+def _loss(self:MultiLabelSmoothingCallback, loss, pred, y):
+    "That of the smoothed target"
+    options = sigmoid_options(loss, pred.shape)
+    if options is None: return loss(pred, self._smoothed(y))
+    pred,y = unwrapped('input', pred),unwrapped('target', y) # of fastai's tensors each op, and a look at a shape, takes longer
+    return binary_cross_entropy(pred, y.reshape(pred.shape), self.eps, self._prior(), None, *options, None, 'auto')
+
 @patch
 def _smoothed(self:MultiLabelSmoothingCallback, y):
     "q, of the shape of `y`; the prior lies along the labels of the predictions"
-    if not y.is_floating_point(): y = y.to(self.pred.dtype)
-    self.before_train() # the prior may have been set since
-    u = self._frequencies if isinstance(self.prior, str) else self.prior
-    if u is not None: u = label_prior(u.to(y.device, y.dtype), self.pred.shape, given_axis(base_loss(self.learn.loss_func)))
-    return smooth_labels(y.reshape(self.pred.shape), *eps_pair(self.eps, u)).reshape(y.shape)
+    pred,u = self.learn.pred,self._prior()
+    if not y.is_floating_point(): y = y.to(pred.dtype)
+    if u is not None: u = label_prior(u.to(y.device, y.dtype), pred.shape, given_axis(base_loss(self.learn.loss_func)))
+    return smooth_labels(y.reshape(pred.shape), *eps_pair(self.eps, u)).reshape(y.shape)
+
+# %% ../nbs/03_callback.ipynb #cbonl000
+@patch
+def _add(self:MultiLabelSmoothingCallback, logits, labels):
+    "Add up the probabilities of labels that are right"
+    x,y = (o.reshape(len(o), -1) for o in (logits,labels)) # (N,) is of one label
+    k = x.shape[1]
+    if self._sums is None:
+        dtype = torch.float if x.device.type == 'mps' else torch.double # in float32, rows would be lost after some millions
+        self._sums,self._counts = (x.new_zeros(2, k, dtype=dtype) for _ in range(2))
+    for x,y in in_chunks(k, x, y):
+        right = torch.stack([(y <= .5) & (x < 0), (y > .5) & (x > 0)]) # an unknown label (nan) is neither
+        self._sums += torch.where(right, x.float().sigmoid(), 0).sum(1, dtype=self._sums.dtype)
+        self._counts += right.sum(1)
+
+@patch
+def after_train(self:MultiLabelSmoothingCallback):
+    "S of this epoch, for the next"
+    if self._sums is not None: self.learnt = epoch_means(self._sums, self._counts, .5)
+    self._sums = None
+
+@patch(as_prop=True)
+def soft_labels(self:MultiLabelSmoothingCallback) -> pd.DataFrame: # (K,2); None before the end of the first training epoch
+    "S, by label name: what the model gives, on the average, to a label that is not there, or there, where it gets it right."
+    if self.learnt is None: return None
+    names = class_names(self.dls, self.learnt.shape[1])
+    return pd.DataFrame(self.learnt.T.cpu().numpy(), pd.Index(names, name='label'), ['not there','there'])
 
 # %% ../nbs/03_callback.ipynb #mlhelper
 _one_class = ('{} is for one class a row, given by its index: use loss_func=LabelSmoothingCrossEntropyFlat(), '
@@ -122,19 +193,48 @@ def before_fit(self:MultiLabelSmoothingCallback):
 @patch
 def _check_target(self:MultiLabelSmoothingCallback):
     "One target, as many elements as predictions: (N,) goes with (N,1), which fastai's losses flatten; and labels"
-    if len(self.yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(self.yb)}')
-    y,pred = self.yb[0],self.pred
+    yb,pred = self.learn.yb,self.learn.pred
+    if len(yb) != 1: raise TypeError(f'MultiLabelSmoothingCallback takes exactly one target, got {len(yb)}')
+    y = yb[0]
     if not (isinstance(y, Tensor) and isinstance(pred, Tensor) and y.numel() == pred.numel()):
         if isinstance(y, Tensor) and not y.is_floating_point(): raise TypeError(_one_class.format('A target of class indices'))
         raise TypeError(f'MultiLabelSmoothingCallback takes a target shaped like the predictions, {getattr(pred, "shape", None)}, '
                         f'got {getattr(y, "shape", type(y))}')
-    if self.train_iter == 0 and ((y < 0) | (y > 1)).any(): # once a fit: to look at values makes a GPU wait. Unknown labels are nan
+    if self.learn.train_iter == 0: self._check_labels(y, pred) # once a fit: to look at values makes a GPU wait
+
+@patch
+def _check_labels(self:MultiLabelSmoothingCallback, y, pred):
+    "Labels are 0, 1 or in between, or nan where they are not known; and S is of as many"
+    loss = base_loss(self.learn.loss_func)
+    if ((y < 0) | (y > 1)).any():
         raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
-                         f'{loss_name(base_loss(self.learn.loss_func))}: a regression has no labels to smooth')
+                         f'{loss_name(loss)}: a regression has no labels to smooth')
+    if self.learnt is None: return
+    axis,before = label_axis_of(loss, pred.ndim),self.learnt.shape[1]
+    k = 1 if axis is None else pred.shape[axis]
+    if k != before: self.learnt = warn(f'what was learnt of {before} labels is forgotten: now there are {k}')
+
+# %% ../nbs/03_callback.ipynb #cbhelp00
+_chunk = 2**22 # numbers that are made at a time, as those of a language model or of masks would fill the memory
+
+def in_chunks(k, *rows):
+    "Rows of `k` numbers, some thousands at a time."
+    return zip(*(o.split(max(1, _chunk // k)) for o in rows))
+
+def epoch_means(sums, counts, otherwise):
+    "Means over the rows of all processes, and `otherwise` where there are none. Changes both."
+    if num_distrib() > 1:
+        for o in (sums,counts): torch.distributed.all_reduce(o)
+    return sums.div_(counts.clamp(min=1)).float().add_((counts == 0)*otherwise)
+
+def eps_text(eps, form='g'):
+    "An eps of labels as it is printed: a number, or a pair (of negatives, of positives)."
+    return f"({', '.join(f'{o:{form}}' for o in eps)})" if isinstance(eps, tuple) else f'{eps:{form}}'
 
 # %% ../nbs/03_callback.ipynb #ecdef314
 class LabelSmoothingScheduler(Callback):
-    """Sets `eps` before each training batch to `sched(pct_train)`, for any fastai schedule such as `SchedCos(.2, 0.)`.
+    """Sets `eps` before each training batch to `sched(pct_train)`, for any fastai schedule such as `SchedCos(.2, 0.)`. For labels that may
+    be a pair, or an array, of negatives and of positives: `SchedCos(np.array([.2,0.]), np.array([0.,0.]))`.
 
     Validation, and all else but training, goes by the configured eps, which is back after the fit; an eps that you set meanwhile is kept.
     The values are in `recorder.hps['eps']` then (`recorder.plot_sched()`). A validation that a callback starts sets `pct_train` to 0."""
@@ -180,7 +280,8 @@ def _schedule(self:LabelSmoothingScheduler):
     if owner is not self._owner or owner.eps is not self._scheduled:
         self._put_back()
         self._owner,self._configured = owner,owner.eps
-    owner.eps = check_eps(self.sched(self.pct_train))
+    of_labels = isinstance(owner, (MultiLabelSmoothingCallback,LabelSmoothingBCEWithLogits))
+    owner.eps = (check_label_eps if of_labels else check_eps)(self.sched(self.pct_train))
     self._scheduled = owner.eps
 
 @patch
@@ -193,5 +294,6 @@ def _put_back(self:LabelSmoothingScheduler):
 def after_fit(self:LabelSmoothingScheduler):
     if self.learn.lock.locked() or not self.eps_values: return
     this_fit = {k:v for cb in self.learn._grab_cbs(ParamScheduler) for k,v in getattr(cb, 'hps', {}).items()}
-    if hasattr(self.learn, 'recorder'): self.learn.recorder.hps = {**this_fit, 'eps': self.eps_values}
+    values = [*map(eps_pair, self.eps_values)] if any(isinstance(o, tuple) for o in self.eps_values) else self.eps_values # to be plotted
+    if hasattr(self.learn, 'recorder'): self.learn.recorder.hps = {**this_fit, 'eps': values}
     self.eps_values = []

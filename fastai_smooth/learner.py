@@ -12,14 +12,20 @@ from .kernels.checks import check_values, warn
 from .losses import *
 from .losses import given_axis
 from .prior import train_prior
-from .callback import MultiLabelSmoothingCallback, set_loss, smoothing_losses
+from .callback import MultiLabelSmoothingCallback
 from .smoothed import *
-from .smoothed import found_loss, sigmoid_losses, softmax_options, with_temperature_of
+from .smoothed import (found_loss, is_online, loss_of, set_loss, sigmoid_losses, smoothing_losses, softmax_options,
+                                   with_temperature_of)
 from .online import OnlineLabelSmoothing
 from .online import check_classes, online_loss
 
 # %% ../nbs/08_learner.ipynb #lrnonl00
 _smoothers = MultiLabelSmoothingCallback,OnlineLabelSmoothing # the callbacks that smooth
+
+def _go_on(cb, before):
+    "What a callback has learnt stays where smoothing stays online"
+    if isinstance(cb, OnlineLabelSmoothing): cb.prior = before.prior
+    elif cb.online: cb.learnt = before.learnt
 
 def _online_parts(loss, dls, eps, spread, smooth_valid):
     new = online_loss(loss, eps)
@@ -36,11 +42,16 @@ def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
     if multi and smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
                                                 'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
     if multi and spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
+    if not multi and isinstance(eps, (tuple,list)):
+        raise TypeError(f'eps={eps!r}: a pair, of negatives and of positives, is for multi-label losses; {loss_name(loss)} takes a number '
+                        'or a Tensor[K]')
     if isinstance(prior, str) and prior not in ('train','online'):
         raise ValueError(f"prior must be a tensor, 'train' or 'online', got {prior!r}")
-    if isinstance(prior, str) and prior == 'online': return _online_parts(loss, dls, ifnone(eps, .5), spread, smooth_valid)
+    if isinstance(prior, str) and prior == 'online':
+        if multi: return loss,[MultiLabelSmoothingCallback(eps, prior)]
+        return _online_parts(loss, dls, ifnone(eps, .5), spread, smooth_valid)
     if isinstance(prior, str): prior = train_prior(dls, multi, options.get('ignore_index', -100), given_axis(loss) if multi else None)
-    if multi: return loss,[MultiLabelSmoothingCallback(ifnone(eps, .05), prior)]
+    if multi: return loss,[MultiLabelSmoothingCallback(eps, prior)]
     check_values('prior', prior)
     one_class = isinstance(c := getattr(dls, 'c', None), int) and c == 1
     if one_class: warn('these data have one class: the loss is 0 whatever is predicted, there is nothing to learn or smooth')
@@ -49,10 +60,12 @@ def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
 # %% ../nbs/08_learner.ipynb #ad81fcce
 @patch
 def to_smooth(self:Learner,
-    eps:float=None, # Smoothing in [0,1] (None: .1, online .5; or a Tensor[K]), multi-label in [0,1/2] (None: .05), or what `eps_find` gave
+    # Smoothing in [0,1] (None: .1, online .5), or a Tensor[K]; of multi-label in [0,1/2] (None: .05, online .25), or a pair (of
+    # negatives, of positives); or what `eps_find` gave
+    eps:float|tuple=None,
     *,
-    # Where the mass goes: Tensor[K], for one-class losses also [K,K]; 'train': the label frequencies of `dls.train`; 'online', for
-    # one-class losses: what the model predicted in the epoch before, see `OnlineLabelSmoothing`
+    # Where the mass goes: Tensor[K], or [K,K] by class, of multi-label [2,K], for negatives and positives; 'train': the label frequencies
+    # of `dls.train`; 'online': what the model predicted in the epoch before
     prior:Tensor|str=None,
     spread:str='all', # One-class losses: 'all' (true class 1-eps+eps/K, others eps/K) or 'others' (1-eps, eps/(K-1))
     smooth_valid:bool=False # Smooth the validation loss too
@@ -61,16 +74,16 @@ def to_smooth(self:Learner,
 
     Cross entropy (`CrossEntropyLossFlat`, `nn.CrossEntropyLoss`, `F.cross_entropy`, or smoothed already) is replaced by a
     `LabelSmoothingCrossEntropyFlat` with the same class axis, weight, ignore_index and reduction. To `BCEWithLogitsLossFlat` and
-    `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added, and for prior='online' an
+    `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added, and for prior='online' of cross entropy an
     `OnlineLabelSmoothing`. Any other loss is a TypeError, and the Learner is unchanged."""
     eps,prior = getattr(eps, 'eps', eps),ifnone(prior, getattr(eps, 'prior', None)) # of what eps_find suggests
     if isinstance(eps, str):
         raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
     new,cbs = _smooth_parts(found_loss(self), self.dls, eps, prior, spread, smooth_valid)
-    learnt = first(self._grab_cbs(OnlineLabelSmoothing)) # stays where smoothing stays online
+    before = first(self._grab_cbs(_smoothers))
     self.remove_cbs(self._grab_cbs(_smoothers))
     set_loss(self, with_temperature_of(self, new))
-    if learnt and isinstance(first(cbs), OnlineLabelSmoothing): cbs[0].prior = learnt.prior
+    if cbs and isinstance(before, type(cbs[0])): _go_on(cbs[0], before)
     return self.add_cbs(cbs)
 
 # %% ../nbs/08_learner.ipynb #93f8f6e4
@@ -78,7 +91,7 @@ class LabelSmoothingFlag(Callback):
     "Carries `label_smoothing=` out again as a training starts, where a Learner's own `__init__` has set another loss since."
     order = -math.inf # before the training is looked at by others
     def __init__(self,
-        label_smoothing:float|bool|str # What the Learner was made with: True, an eps in [0,1], or 'online'
+        label_smoothing:float|tuple|bool|str # What the Learner was made with: True, an eps, or 'online'
     ): self.label_smoothing = label_smoothing
 
     def before_fit(self):
@@ -98,15 +111,27 @@ def to_hard(self:Learner) -> Learner: # self
     set_loss(self, with_temperature_of(self, loss))
     return self.remove_cbs(cbs)
 
+# %% ../nbs/08_learner.ipynb #smthby01
+def smooths_by(learn, options):
+    "The prior and spread that `learn` smooths with, unless `options` have others."
+    loss,cbs = loss_of(learn),learn._grab_cbs(MultiLabelSmoothingCallback)
+    if isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)):
+        if options: raise ValueError(f'{", ".join(options)}: {type(loss).__name__} has its own')
+        return dict(prior=getattr(loss, 'func', loss).prior)
+    had = dict(prior=cbs[0].prior) if cbs else {}
+    if isinstance(loss, LabelSmoothingCrossEntropyFlat): had = dict(prior=loss.func.prior, spread=loss.func.spread)
+    if is_online(loss): had = dict(prior='online') # and what it has learnt
+    return {**had, **options}
+
 # %% ../nbs/08_learner.ipynb #c7b0567c
 def _flag_signature(f):
     sig = inspect.signature(f)
-    flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, default=None, annotation='float|bool|str')
+    flag = inspect.Parameter('label_smoothing', inspect.Parameter.KEYWORD_ONLY, default=None, annotation='float|tuple|bool|str')
     params = {**sig.parameters, flag.name: flag}
     return sig.replace(parameters=sorted(params.values(), key=lambda p: p.kind))
 
 def _smoothed(learn, label_smoothing):
-    "`learn` with the flag carried out: None and False are off, True is the default, a number is eps, 'online' is that prior."
+    "`learn` with the flag carried out: None and False are off, True is the default, a number or a pair is eps, 'online' is that prior."
     if label_smoothing is None or label_smoothing is False: return learn
     online = isinstance(label_smoothing, str) and label_smoothing == 'online'
     try: return learn.to_smooth(None if online or label_smoothing is True else label_smoothing, prior='online' if online else None)

@@ -10,12 +10,12 @@ from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from matplotlib.ticker import PercentFormatter
-from .callback import set_loss
+from .callback import epoch_means, in_chunks
 from .kernels.checks import check_eps, check_whole, warn
 from .losses import *
 from .predictions import class_names, prediction_rows
 from .smoothed import *
-from .smoothed import is_online, sigmoid_losses, softmax_options, unsmoothed, with_temperature_of
+from .smoothed import is_online, set_loss, sigmoid_losses, softmax_options, unsmoothed, with_temperature_of
 
 # %% ../nbs/07_online.ipynb #onlcls00
 class OnlineLabelSmoothing(Callback):
@@ -57,7 +57,6 @@ class OnlineLabelSmoothing(Callback):
 
 # %% ../nbs/07_online.ipynb #onlins0b
 max_classes = 10_000 # of which S and its sums take 1.2 GB, and twice that at the end of an epoch
-_chunk = 2**22 # logits whose softmax is made at a time, as that of a language model would fill the memory
 
 def check_classes(k):
     "A ValueError where there are so many classes that K*K numbers are too many."
@@ -68,8 +67,8 @@ def check_classes(k):
 def online_loss(loss, eps):
     "The loss that `OnlineLabelSmoothing` trains with where `loss` was found."
     if type(loss) in sigmoid_losses:
-        raise TypeError(f"{loss_name(loss)} is for labels that are each there or not, and online label smoothing for one class a row; "
-                        "MultiLabelSmoothingCallback smooths such labels")
+        raise TypeError(f"{loss_name(loss)} is for labels that are each there or not, OnlineLabelSmoothing for one class a row: use "
+                        "to_smooth(prior='online'), or MultiLabelSmoothingCallback(prior='online'), which smooths such labels")
     options = softmax_options(unsmoothed(loss))
     if options.get('multi_hot'): raise ValueError('online label smoothing is for one class a row, and this loss has multi_hot=True')
     return SmoothedCrossEntropyFlat(eps, hard=loss, online=True, **options)
@@ -132,8 +131,7 @@ def _add(self:OnlineLabelSmoothing, logits, targs, keep):
         check_classes(k)
         dtype = torch.float if logits.device.type == 'mps' else torch.double # in float32, rows would be lost after some millions
         self._sums,self._counts = logits.new_zeros(k, k, dtype=dtype),logits.new_zeros(k, dtype=dtype)
-    size = max(1, _chunk // k) # rows
-    for z,y,known in zip(logits.split(size), targs.split(size), keep.split(size)):
+    for z,y,known in in_chunks(k, logits, targs, keep):
         probs = z.softmax(1, dtype=torch.float)
         top,pred = probs.max(1)
         right = known & (pred == y) & (top == top) # not nan
@@ -145,11 +143,8 @@ def _add(self:OnlineLabelSmoothing, logits, targs, keep):
 def after_train(self:OnlineLabelSmoothing):
     "S of this epoch, for the next; over the rows of all processes."
     if self._sums is None: return
-    sums,counts,self._sums,self._counts = self._sums,self._counts[:,None],None,None
-    if num_distrib() > 1:
-        for o in (sums,counts): torch.distributed.all_reduce(o)
-    self.prior = sums.div_(counts.clamp(min=1)).float()
-    self.prior += (counts == 0)/len(sums) # uniform
+    self.prior = epoch_means(self._sums, self._counts[:,None], 1/len(self._sums))
+    self._sums=self._counts = None
     self.install()
 
 @patch

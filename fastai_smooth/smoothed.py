@@ -6,7 +6,9 @@
 __all__ = ['SmoothedCrossEntropyFlat']
 
 # %% ../nbs/04_smoothed.ipynb #smthimp0
+from traceback import walk_stack
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
 import fastai.losses
 from .kernels.checks import warn
 from .losses import *
@@ -52,7 +54,31 @@ def softmax_options(loss):
     raise TypeError(f"can't smooth the labels of {loss_name(loss)}: supported are {supported} and F.cross_entropy "
                     "(exactly these, no subclasses). Pass a loss that smooths as loss_func= instead")
 
+# %% ../nbs/04_smoothed.ipynb #smthsig1
+def _broadcasts(shape, to): return len(shape) <= len(to) and all(a in (1,b) for a,b in zip(shape[::-1], to[::-1]))
+
+def sigmoid_options(loss, shape):
+    "pos_weight and reduction of a `loss` that is the kernel's, of logits of that `shape`; None for any other"
+    flat = type(loss) is BCEWithLogitsLossFlat
+    func = loss.func if flat else loss
+    if type(func) is not nn.BCEWithLogitsLoss or func.weight is not None or func.reduction not in ('mean','sum'): return None
+    if flat and loss.axis != -1: return None
+    w = func.pos_weight
+    if w is not None and not (_broadcasts(w.shape, shape) and (not flat or not loss.flatten or w.numel() == 1)): return None
+    return w,func.reduction
+
 # %% ../nbs/04_smoothed.ipynb #smthfnd0
+smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits,
+                    LabelSmoothingBCEWithLogitsFlat, fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
+
+def set_loss(learn, loss):
+    "Makes `loss` the one that `base_loss` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
+    owner = getattr(learn.loss_func, '__self__', None)
+    stack = walk_stack(sys._getframe()) # which knows whether `learn` trains; all else an exception leaves as it was
+    trains = any(f.f_code.co_name == '_do_epoch_train' and f.f_locals.get('self') is learn for f,_ in stack)
+    if isinstance(owner, MixHandler) and trains: owner.old_lf = loss
+    else: learn.loss_func = loss
+
 def with_temperature_of(learn, loss):
     "`loss`, with the temperature of `learn` where one was fitted."
     fitted = getattr(base_loss(learn.loss_func), 'activation', None)
@@ -70,6 +96,15 @@ def unsmoothed(loss):
     while isinstance(loss, LabelSmoothingCrossEntropyFlat) and hasattr(loss, 'hard'): loss = loss.hard
     return loss
 
+def loss_of(learn):
+    "The loss of `learn`, without a temperature, or what `MixUp` has made of it."
+    return untempered(base_loss(learn.loss_func))
+
+def is_multi(learn):
+    "Is its loss for labels that are each there or not?"
+    loss = loss_of(learn)
+    return isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)) or type(loss) in sigmoid_losses
+
 def found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own."
-    return unsmoothed(untempered(base_loss(learn.loss_func)))
+    return unsmoothed(loss_of(learn))

@@ -8,13 +8,12 @@ __all__ = ['check_activation', 'temperature_of', 'TemperatureReminder']
 # %% ../nbs/14_temperature.ipynb #3a7864f6
 from fastai.basics import *
 from fastai.callback.schedule import LRFinder
-from .callback import set_loss
 from .kernels.checks import warn
 from .losses import *
 from .predictions import raw_preds
 from .scaling import *
 from .scaling import fitted_form
-from .smoothed import is_regression
+from .smoothed import is_regression, set_loss
 
 # %% ../nbs/14_temperature.ipynb #8ca73774
 def check_activation(

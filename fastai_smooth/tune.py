@@ -11,9 +11,11 @@ from fastai.metrics import accuracy_multi
 from fastai.callback.schedule import *
 from typing import NamedTuple
 from .intervals import binomial_interval, bootstrap_interval
-from .callback import LabelSmoothingScheduler, MultiLabelSmoothingCallback
-from .kernels.checks import check_number, check_whole
-from .smoothed import is_online, sigmoid_losses
+from .callback import LabelSmoothingScheduler, eps_text
+from .kernels.checks import check_label_eps, check_number, check_whole
+from .kernels.targets import eps_pair
+from .learner import smooths_by
+from .smoothed import is_multi, loss_of, sigmoid_losses
 from .losses import *
 from .noise import noise_estimate, profile_nll, some_rows
 from .pilot import pilot
@@ -23,11 +25,12 @@ from .temperature import TemperatureReminder
 
 # %% ../nbs/17_tune.ipynb #1d54f820
 def _with_interval(v, interval):
-    return f'{v:.3f}' if math.isnan(interval[0]) else '{:.3f} [{:.3f}, {:.3f}]'.format(v, *interval)
+    v,low,high = (eps_text(o, '.3f') for o in (v, *interval))
+    return v if low == 'nan' else f'{v} [{low}, {high}]'
 
 class EpsSuggestion(NamedTuple):
     "What `Learner.eps_find` found, printed as a sentence; intervals are of 95%. nan is what a pilot that has not learnt can't tell."
-    eps:float                   # The suggestion, in [0,1]; of multi-label, in [0,1/2]
+    eps:float|tuple             # The suggestion, in [0,1]; of multi-label, in [0,1/2], or a pair of the grid
     eps_interval:tuple          # (low, high) from the pilot's error; for the grid, the values of eps that are as good
     noise:float                 # Share of validation labels that are random, as far as the pilot tells
     noise_interval:tuple        # (low, high)
@@ -45,37 +48,17 @@ class EpsSuggestion(NamedTuple):
     def __repr__(self):
         noise = f'{_with_interval(*self[2:4])} of the labels are random' if self.learnt else 'it cannot tell how many labels are random'
         pilots = '' if self.scores is None else f' {len(self.scores)} pilots: see scores.'
-        online = ' online' if self.prior else ''
-        return (f'eps={_with_interval(*self[:2])}{online} ({self.verdict}). The validation error of the pilot is '
+        return (f'eps={_with_interval(*self[:2])}{" online"*bool(self.prior)} ({self.verdict}). The validation error of the pilot is '
                 f'{_with_interval(*self[4:6])}; {noise}.{pilots}')
 
 # %% ../nbs/17_tune.ipynb #howpilot
-_smooth_sigmoids = LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat
-
-def _loss_of(learn): return untempered(base_loss(learn.loss_func))
-def _is_multi(learn): return isinstance(loss := _loss_of(learn), _smooth_sigmoids) or type(loss) in sigmoid_losses
-
 def _smooth_by(learn, eps, options):
-    "Set the smoothing of a pilot, whose loss is its own, with the prior and spread that it has unless `options` have others"
+    "Set the smoothing of a pilot, whose loss is its own"
     for o in (LabelSmoothingScheduler,TemperatureReminder): learn.remove_cb(o)
-    loss,cbs = _loss_of(learn),learn._grab_cbs(MultiLabelSmoothingCallback)
-    if isinstance(loss, _smooth_sigmoids):
-        if options: raise ValueError(f'{", ".join(options)}: {type(loss).__name__} has its own')
-        learn.loss_func,loss.eps = loss,eps
-        return
-    had = dict(prior=cbs[0].prior) if cbs else {}
-    if isinstance(loss, LabelSmoothingCrossEntropyFlat): had = dict(prior=loss.func.prior, spread=loss.func.spread)
-    if is_online(loss): had = dict(prior='online') # and what it has learnt
-    learn.to_smooth(eps, **{**had, **options})
+    loss,options = loss_of(learn),smooths_by(learn, options)
+    if is_multi(learn) and type(loss) not in sigmoid_losses: learn.loss_func,loss.eps = loss,eps # smooths by itself
+    else: learn.to_smooth(eps, **options)
 
-def _wrong(logits, targs): return (logits > 0) != (targs > .5) if targs.ndim == logits.ndim else logits.argmax(1) != targs
-
-def _share(batches):
-    "Of wrong decisions, from pairs (how many, of how many); nan where there are none"
-    n = sum(n for _,n in batches)
-    return sum(wrong.item() for wrong,_ in batches)/n if n else math.nan
-
-# %% ../nbs/17_tune.ipynb #pilotrun
 class _Errors(Callback):
     "Counts wrong decisions, in each batch of the training, and in each validation, with how many batches were trained before it"
     def __init__(self): self.train,self.valid = [],[]
@@ -91,8 +74,6 @@ class _Errors(Callback):
         n = len(self.train)
         return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]
 
-def _finite(logits): return ~(logits.isnan() | (logits == math.inf)).view(len(logits), -1).any(1) # -inf masks a class
-
 def _run_pilot(learn, eps, fit, ds_idx, seed, options):
     "Predictions, as (N,K), and errors of a copy of `learn` trained with `eps`; None if it diverged, which only the first one must not"
     with pilot(learn, seed) as trial:
@@ -102,16 +83,24 @@ def _run_pilot(learn, eps, fit, ds_idx, seed, options):
         preds = raw_preds(trial, ds_idx)
     logits,targs = preds[:2]
     if not _finite(logits).any():
-        message = f'the pilot with eps={eps:g} diverged: it predicts {logits[~logits.isfinite()][0]}; try a smaller lr'
+        message = f'the pilot with eps={eps_text(eps)} diverged: it predicts {logits[~logits.isfinite()][0]}; try a smaller lr'
         if not eps: raise ValueError(message)
-        warnings.warn(message)
-        return
+        return warnings.warn(message)
     if targs.ndim == logits.ndim: _check_labels(learn, logits, targs)
     return ((logits[:,None],targs[:,None]) if logits.ndim == 1 else (logits,targs)),errors
 
 # %% ../nbs/17_tune.ipynb #judgedby
+def _wrong(logits, targs): return (logits > 0) != (targs > .5) if targs.ndim == logits.ndim else logits.argmax(1) != targs
+
+def _share(batches):
+    "Of wrong decisions, from pairs (how many, of how many); nan where there are none"
+    n = sum(n for _,n in batches)
+    return sum(wrong.item() for wrong,_ in batches)/n if n else math.nan
+
+def _finite(logits): return ~(logits.isnan() | (logits == math.inf)).view(len(logits), -1).any(1) # -inf masks a class
+
 def _check_labels(learn, logits, targs):
-    if not _is_multi(learn): raise TypeError(f'eps_find needs class indices as targets of {loss_name(_loss_of(learn))}, got '
+    if not is_multi(learn): raise TypeError(f'eps_find needs class indices as targets of {loss_name(loss_of(learn))}, got '
                                              f'{tuple(targs.shape)} for predictions {tuple(logits.shape)}')
     wrong = targs[(targs != 0) & (targs != 1)]
     if len(wrong): raise ValueError(f'eps_find needs labels of 0 and 1, got {wrong[0]:g}')
@@ -189,6 +178,8 @@ def _warn_of(found):
                       f'errors say more about the model than about labels. {longer}, or full=True, which compares')
 
 # %% ../nbs/17_tune.ipynb #8ca73774
+def _smoothing(eps): return sum(eps_pair(eps))/2 # how much is smoothed: of a pair, the mean
+
 def _scores(epss, preds):
     "One row an eps: NLL after temperature, its difference from the best with its standard error, temperature, error"
     rows = torch.stack([row_nll(cross_fitted(z.double(), y), y) for z,y in preds])
@@ -199,14 +190,14 @@ def _scores(epss, preds):
 
 def _of_grid(first, scores):
     "The suggestion from a grid, whose pilot with eps=0 said `first`"
-    good = scores.eps[scores.behind <= scores.se.fillna(math.inf)] # one row has no standard error
+    good = scores.eps[scores.behind <= scores.se.fillna(math.inf)].tolist() # one row has no standard error; in the order of `_smoothing`
     if not first.learnt or len(good) == len(scores):
         _warn_of(first)
         none = 'no evidence: all of the grid are within one standard error of the best. So ' if first.learnt else ''
         return first._replace(verdict=none + first.verdict, scores=scores)
-    eps,verdict = float(good.min()),'the smallest eps within one standard error of the best'
-    if eps == scores.eps.max(): warnings.warn(f'the best eps is {eps:g}, the edge of the grid: add larger ones to epss=')
-    return first._replace(eps=eps, eps_interval=(eps, float(good.max())), verdict=verdict, scores=scores)
+    eps,verdict = good[0],'the smallest eps within one standard error of the best'
+    if eps == scores.eps.iloc[-1]: warnings.warn(f'the best eps is {eps_text(eps)}, the edge of the grid: add larger ones to epss=')
+    return first._replace(eps=eps, eps_interval=(eps, good[-1]), verdict=verdict, scores=scores)
 
 # %% ../nbs/17_tune.ipynb #afd26e00
 def _plot(found, logits, targs, errors):
@@ -228,11 +219,15 @@ def _plot(found, logits, targs, errors):
         ax.axvspan(*found.eps_interval, color=purple, alpha=.2, lw=0)
         ax.set(xlabel='share of random labels, or eps', ylabel='NLL (nats)')
     else: # how far each eps is behind the best
-        ax.errorbar(s.eps, s.behind, s.se, color='black', marker='o', capsize=3, label='pilots, with one standard error')
+        pairs = s[s.eps.map(lambda o: isinstance(o, tuple))]
+        ax.errorbar(s.eps.map(_smoothing), s.behind, s.se, color='black', marker='o', capsize=3, label='pilots, with one standard error')
+        for o,behind in zip(pairs.eps, pairs.behind): ax.annotate(eps_text(o), (_smoothing(o), behind), (4,4), textcoords='offset points')
         ax.axhline(0, lw=1, label='best pilot', **line)
-        ax.set(xlabel='eps of the pilot', ylabel='validation NLL after temperature,\nabove the best (nats)')
-    if found.learnt: ax.axvline(found.eps, color=purple, lw=2, label=f'suggested eps {_with_interval(found.eps, found.eps_interval)}')
-    ax.set_title(f'Suggested: eps={found.eps:.3g}' if found.learnt else f'The pilot has not learnt: eps={found.eps:g} is the default')
+        of_pairs = ', of a pair the mean' if len(pairs) else ''
+        ax.set(xlabel=f'eps of the pilot{of_pairs}', ylabel='validation NLL after temperature,\nabove the best (nats)')
+    suggested = f'suggested eps {_with_interval(found.eps, found.eps_interval)}'
+    if found.learnt: ax.axvline(_smoothing(found.eps), color=purple, lw=2, label=suggested)
+    ax.set_title(f"{'Suggested:' if found.learnt else 'The pilot has not learnt, the default is'} eps={eps_text(found.eps, '.3g')}")
     ax.legend()
 
 # %% ../nbs/17_tune.ipynb #epscheck
@@ -252,12 +247,14 @@ def _grid(full, epss, options, multi, online):
         if options: raise ValueError(f'{", ".join(options)}: goes with full=True, the one pilot is not smoothed')
         if online: raise ValueError('one pilot tells how much to smooth uniformly: for online smoothing compare pilots, by full=True')
         return [0.]
-    if epss is None: return [0.,.3,.5,.7,.9] if online else [0.,.025,.05,.1,.2] if multi else [0.,.05,.1,.2,.4]
+    if epss is None: return [0., *(o/2 if multi else o for o in ((.3,.5,.7,.9) if online else (.05,.1,.2,.4)))]
     top = .5 if multi else 1.
-    try: epss = sorted({0., *map(float, epss)})
-    except (TypeError,ValueError) as e: raise TypeError(f'epss must be numbers in [0,{top:g}], got {epss!r}') from e
-    bad = [o for o in epss if not 0 <= o <= top]
+    try: epss = {0., *(check_label_eps(o) if multi and isinstance(o, (tuple,list)) else float(o) for o in epss)}
+    except (TypeError,ValueError) as e:
+        raise type(e)(f"epss must be numbers in [0,{top:g}]{', or pairs'*multi}, got {epss!r}: {e}") from e
+    bad = [o for o in epss if not isinstance(o, tuple) and not 0 <= o <= top]
     if bad: raise ValueError(f'epss must be in [0,{top:g}], got {bad[0]:g}')
+    epss = sorted({o[0] if isinstance(o, tuple) and o[0] == o[1] else o for o in epss}, key=lambda o: (_smoothing(o), eps_pair(o)))
     if len(epss) < 2: raise ValueError('epss needs a value above 0')
     return epss
 
@@ -268,7 +265,8 @@ def eps_find(self:Learner,
     lr:float|slice=None, # Its learning rate (None: that of the Learner)
     *,
     full:bool=False, # Train a pilot for each of `epss`, and compare?
-    epss:list=None, # With `full`: values to try beside 0 (None: .05, .1, .2, .4; half for multi-label; online .3, .5, .7, .9)
+    # With `full`: values to try beside 0 (None: .05, .1, .2, .4; online .3, .5, .7, .9; half for multi-label), also pairs of multi-label
+    epss:list=None,
     share:float=.3, # Share of `n_epoch` that a pilot trains
     fit:Callable=None, # What trains a pilot, such as lambda o: o.fine_tune(3) (None: fit_one_cycle)
     cap:float=.4, # Largest eps in [0,1] to suggest from one pilot; half of that for multi-label
@@ -278,17 +276,19 @@ def eps_find(self:Learner,
     **kwargs # prior and spread of `to_smooth`, for `full`
 ) -> EpsSuggestion: # First of all `eps`; of multi-label, the eps of 1-eps and eps
     """How much to smooth: trains a pilot with eps=0 on a copy of this Learner, for a share of the epochs, and suggests K/(K-1) times its
-    validation error; with `full`, trains a pilot for each eps of a grid, and suggests the smallest whose validation NLL, after temperature,
-    is within one standard error of the best, or as before where all are. A pilot that says nothing about labels, as it has not learnt or
-    knows its rows by heart, gives the default of `to_smooth`, a warning that says why, and nan for the noise.
+    validation error; with `full`, trains a pilot for each eps of a grid, and suggests the smallest (of pairs, by their sum) whose
+    validation NLL, after temperature, is within one standard error of the best, or as before where all are. A pilot that says nothing about
+    labels, as it has not learnt or knows its rows by heart, gives the default of `to_smooth`, a warning that says why, and nan as noise.
 
     Its intervals take predictions to be independent, which pixels of an image or words of a text are not. The Learner is left as it is,
     also after an exception or Ctrl-C. It takes the memory of one more model and optimizer."""
     _check_pilot(n_epoch, lr, share, fit, cap, seed)
     if check_whole('ds_idx', ds_idx, 0) not in range(1, n := len(self.dls.loaders)):
         raise ValueError(f'ds_idx must be that of data to validate on, 1 to {n-1}, got {ds_idx}')
-    online = kwargs.get('prior', 'online' if is_online(_loss_of(self)) else None) == 'online'
-    epss = _grid(full, epss, kwargs, _is_multi(self), online)
+    multi,prior = is_multi(self),smooths_by(self, kwargs).get('prior')
+    online = isinstance(prior, str) and prior == 'online'
+    epss = _grid(full, epss, kwargs, multi, online)
+    if multi: [check_label_eps(o, prior) for o in epss] # a pair takes no prior
     if fit is None: fit = lambda o: o.fit_one_cycle(max(1, round(share*n_epoch)), lr)
     pilots = {eps:p for eps in epss if (p := _run_pilot(self, eps, fit, ds_idx, seed, kwargs))}
     preds,errors = _finite_rows([p for p,_ in pilots.values()]),pilots[0.][1]

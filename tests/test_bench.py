@@ -1,5 +1,5 @@
 "What the benchmark reports is what happened. No test looks at how long anything took."
-import json, sys
+import contextlib, json, sys
 from pathlib import Path
 
 import pytest, torch, torch.nn.functional as F
@@ -113,3 +113,18 @@ def test_steps_of_a_learner(monkeypatch):
     rows = peers.learner_steps(rounds=1, batches=1)
     assert [r['name'] for r in rows] == ['ours Flat', 'fastai Flat', 'online', 'multi-label, no callback', 'multi-label, callback']
     assert rows[0]['vs_ours'] == rows[3]['vs_ours'] == [1, 1, 1] and 'multi-label, callback' in peers.step_table(rows)
+    rows = peers.tabular_steps(rounds=1, batches=2)
+    assert [r['name'] for r in rows] == [f'tabular, {o}' for o in ('no callback', 'callback', 'online', 'smoothed loss')]
+    assert rows[0]['vs_ours'] == [1, 1, 1] and rows[0]['added'] == 0 and {r['vs'] for r in rows} == {'tabular, no callback'} and rows[1]['ms'] > 0
+
+def test_steps_are_compared_in_pairs(monkeypatch):
+    "what is added is the median difference of steps that were made one after the other"
+    import peers
+    class Fake:
+        def __init__(self, times): self.times = times
+        def add_cbs(self, cbs): self.stop = cbs[1]
+        def no_bar(self): return contextlib.nullcontext()
+        no_logging = no_bar
+        def fit(self, n, lr): self.stop.times += self.times
+    a, b = peers.steps_of({'a': Fake([.001, .010, .1]), 'b': Fake([.003, .011, .100])}, 1, dict(a='a', b='a'))
+    assert a['added'] == 0 and abs(b['added'] - 1) < 1e-9 and abs(b['ms'] - 11) < 1e-9 and abs(b['vs_ours'][0] - 1.1) < 1e-9

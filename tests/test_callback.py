@@ -13,17 +13,24 @@ from helpers import *
 
 from fastai_smooth.all import (LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropyFlat, LabelSmoothingScheduler,
                                MultiLabelSmoothingCallback)
+from fastai_smooth.callback import _eps_owner
+from fastai_smooth.smoothed import sigmoid_options
 
 EPS = .125  # a power of two: 1-eps and eps are exact in every dtype, however the formula is grouped
 PRIOR = tensor([.05, .1, .2, .3, .4])
+PRIORS_OF_BOTH = torch.stack([PRIOR, 1-PRIOR])  # of negatives and of positives
 bce = F.binary_cross_entropy_with_logits
 
 class SelfSmoothing:
-    "The reference: q = (1-2 eps) y + 2 eps u while the model trains, straight from the formula."
+    "The reference: q = (1-2 eps) y + 2 eps u while the model trains, or of a pair e0 + (1-e0-e1) y, straight from the formula."
     def __init__(self, model, base, eps, u): self.model, self.base, self.eps, self.u = model, base, eps, u
+    def smoothed(self, y):
+        if isinstance(self.eps, tuple): return self.eps[0] + (1-self.eps[0]-self.eps[1])*y
+        u = (1-y)*self.u[0] + y*self.u[1] if isinstance(self.u, Tensor) and self.u.dim() == 2 else self.u  # [2,K]: that of the label
+        return (1-2*self.eps)*y + 2*self.eps*u
     def __call__(self, pred, y, **kwargs):
         y = y if y.is_floating_point() else y.to(pred.dtype)
-        return self.base(pred, (1-2*self.eps)*y + 2*self.eps*self.u if self.model.training else y, **kwargs)
+        return self.base(pred, self.smoothed(y) if self.model.training else y, **kwargs)
 
 def close(a, b, atol=1e-6, rtol=1e-6):
     a, b = (torch.as_tensor(o).detach().as_subclass(torch.Tensor) for o in (a, b))
@@ -152,6 +159,103 @@ def test_any_loss_of_float_targets(name):
     same_training(learn, reference(LOSSES[name]()))
     assert learn.loss_func is loss
 
+# ---------------------------------------------------------------- the kernel in the place of the loss
+
+class OwnBCE(nn.BCEWithLogitsLoss): "A user's, which the callback calls, whatever it may do"
+
+class Flattened:
+    "As `BCEWithLogitsLossFlat`, which the callback does not know"
+    def __init__(self, **kwargs): self.func = OwnBCE(**kwargs)
+    def __call__(self, pred, y): return self.func(pred, y.to(pred.dtype).reshape(pred.shape))
+
+W5 = tensor([1., 2., 3., .5, 1.])
+FUSED = {   # the loss, and the same one that is called
+    'flat': (BCEWithLogitsLossFlat, Flattened), 'torch': (nn.BCEWithLogitsLoss, OwnBCE), 'sum': (lambda: BCEWithLogitsLossFlat(reduction='sum'), lambda: Flattened(reduction='sum')),
+    'pos_weight': (lambda: BCEWithLogitsLossFlat(pos_weight=W5, thresh=.3), lambda: Flattened(pos_weight=W5)),
+    'torch, sum, pos_weight': (lambda: nn.BCEWithLogitsLoss(pos_weight=W5[None], reduction='sum'), lambda: OwnBCE(pos_weight=W5, reduction='sum')),
+    'one pos_weight': (lambda: nn.BCEWithLogitsLoss(pos_weight=tensor(2.)), lambda: OwnBCE(pos_weight=tensor(2.)))}
+SMOOTHINGS = {'eps': (EPS, None), 'half': (.5, None), 'pair': ((.25, .0625), None), 'prior': (EPS, PRIOR), 'priors': (EPS, PRIORS_OF_BOTH), 'train': (EPS, 'train'), 'online': (.25, 'online')}
+
+def fused_calls(monkeypatch):
+    "The targets that the kernel is given behind the callback"
+    import fastai_smooth.callback as module
+    seen, kernel = [], module.binary_cross_entropy
+    monkeypatch.setattr(module, 'binary_cross_entropy', lambda x, y, *args: seen.append(y) or kernel(x, y, *args))
+    return seen
+
+class Doubles(Callback):
+    "Inputs in float64"
+    def before_batch(self): self.learn.xb = tuple(o.double() for o in self.xb)
+
+def steps_in_float64(learn):
+    "Losses, gradients and weights, without fastai's Recorder, which takes no losses in float64"
+    learn.remove_cb(Recorder).model.double()
+    losses = at('after_batch', lambda l: l.loss.detach().clone())
+    fit_seeded(learn.add_cbs([Doubles(), losses, Grads()]), 2)
+    return [*losses.train(), *learn.grads.seen, weights(learn)]
+
+ACCUMULATION = partial(GradientAccumulation, 32)
+KERNEL_CASES = [(n, o, []) for n in FUSED for o in SMOOTHINGS] + [('flat', o, [cb]) for o in SMOOTHINGS for cb in (MixUp, ACCUMULATION)] + [
+    (n, 'pair', [cb]) for n in FUSED for cb in (MixUp, ACCUMULATION)]
+
+@pytest.mark.filterwarnings('ignore:eps=0.5')
+@pytest.mark.parametrize('name,smoothing,cbs', KERNEL_CASES)
+def test_the_kernel_trains_as_the_loss_does(name, smoothing, cbs, monkeypatch):
+    "gradients, weights and losses to 1e-6; in float64 to 1e-12. The one is not called where the other is"
+    seen, (fused, called), (eps, prior) = fused_calls(monkeypatch), FUSED[name], SMOOTHINGS[smoothing]
+    def make(loss, **kwargs):
+        cb = MultiLabelSmoothingCallback(eps, None if prior == 'train' else prior)
+        learn = hard(loss, [cb, *(o() for o in cbs)], multi_dls(**kwargs))
+        if prior == 'train': cb.prior = PRIOR
+        return learn
+    a, b = make(fused()), make(called())
+    same_training(a, b)
+    assert len(seen) == 6
+    if MixUp in cbs: return   # which mixes in float32
+    a, b = (steps_in_float64(make(o(), dtype=torch.float64)) for o in (fused, called))   # fastai's loss would make these targets float32
+    assert len(seen) == 12 and len(a) > 8 and a[0].dtype == torch.float64
+    for p, q in zip(a, b, strict=True): close(p, q, 1e-12, 1e-12)
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.bool, torch.int64, torch.float64])
+def test_the_kernel_takes_labels_as_they_are(dtype, monkeypatch):
+    seen = fused_calls(monkeypatch)
+    same_training(ours(dls=multi_dls(dtype=dtype)), reference(dls=multi_dls(dtype=torch.float32)))
+    assert {o.dtype for o in seen} == {dtype} and {type(o) for o in seen} == {Tensor}
+
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_the_kernel_under_autocast(dtype, tol, monkeypatch):
+    "of predictions in half precision: no further from the right ones than the loss is"
+    def half(loss):
+        class Cast(Callback):
+            def before_batch(self): self.ctx = torch.autocast('cpu', dtype); self.ctx.__enter__()
+            def after_loss(self): self.ctx.__exit__(None, None, None)
+        return fit_seeded(ours(loss, cbs=[Cast(), Grads()]), 1)
+    seen = fused_calls(monkeypatch)
+    a, b = half(nn.BCEWithLogitsLoss()), half(OwnBCE())
+    assert len(seen) == 3
+    for p, q in zip(a.grads.seen, b.grads.seen): close(p, q, atol=tol*q.abs().max().item())
+    close(torch.stack(a.recorder.losses).float(), torch.stack(b.recorder.losses).float(), atol=4*tol)
+
+NOT_FUSED = dict(
+    weight=lambda: BCEWithLogitsLossFlat(weight=tensor(2.)), subclass=OwnBCE, axis=lambda: BCEWithLogitsLossFlat(axis=0), function=lambda: bce,
+    own_func=lambda: setattr(loss := BCEWithLogitsLossFlat(), 'func', OwnBCE()) or loss, focal=FocalBCE, fastai=MSELossFlat,
+    none=lambda: type('Meaned', (), dict(loss=nn.BCEWithLogitsLoss(reduction='none'), __call__=lambda self, x, y: self.loss(x, y).mean()))())
+
+@pytest.mark.parametrize('name', NOT_FUSED)
+def test_any_other_loss_is_called(name, monkeypatch):
+    seen = fused_calls(monkeypatch)
+    same_training(ours(NOT_FUSED[name]()), reference(NOT_FUSED[name]()))
+    assert not seen
+
+def test_pos_weight_that_does_not_broadcast_to_the_logits_is_left_to_the_loss():
+    for w, shape, flat, fused in ((W5, (8, 5), False, True), (W5[None], (8, 5), False, True), (tensor(2.), (8, 5), False, True), (W5[None, None], (8, 5), False, False),
+                                  (W5, (8, 1), False, False), (W5[:, None], (5, 5), False, True), (W5, (8, 5), True, False), (tensor([2.]), (8, 5), True, True)):
+        loss = BCEWithLogitsLossFlat(pos_weight=w)
+        loss.flatten = flat
+        for o in (loss, nn.BCEWithLogitsLoss(pos_weight=w)):
+            if not (flat and o is not loss): assert (sigmoid_options(o, torch.Size(shape)) is not None) == fused, (w.shape, shape, flat)
+        if fused: assert sigmoid_options(loss, torch.Size(shape)) == (w, 'mean')
+
 def test_integer_targets(): same_training(ours(dls=multi_dls(dtype=torch.int64)), reference(dls=multi_dls(dtype=torch.int64)))
 
 def test_a_prior_for_each_label():
@@ -160,6 +264,31 @@ def test_a_prior_for_each_label():
     cb = MultiLabelSmoothingCallback(.4)
     cb.eps, cb.prior = EPS, tensor([.25]*5)
     same_training(hard(cbs=[cb]), reference(u=.25))
+
+def test_a_prior_of_negatives_and_one_of_positives(): same_training(ours(prior=PRIORS_OF_BOTH), reference(u=PRIORS_OF_BOTH))
+
+@pytest.mark.parametrize('eps', [(.25, 0.), (0., .25), (.5, .125), [.25, 0.], np.array([.25, 0.])], ids=str)
+def test_a_pair_smooths_negatives_and_positives_by_themselves(eps):
+    "q = e0 + (1-e0-e1) y; also of soft labels, and set later"
+    pair, later = tuple(eps), MultiLabelSmoothingCallback()
+    later.eps = eps
+    for cb in (MultiLabelSmoothingCallback(eps), later): same_training(hard(cbs=[cb]), reference(eps=pair))
+    mixed = [hard(cbs=[MixUp(), MultiLabelSmoothingCallback(eps)]), reference(eps=pair, cbs=[MixUp()])]
+    same_training(*mixed)
+
+def test_a_pair_takes_no_prior():
+    "Neither when it is made, nor when either is set; then it is as it was"
+    for prior in (PRIOR, PRIORS_OF_BOTH, 'train'):
+        with pytest.raises(ValueError, match=r'eps=\(0.1, 0\).*takes no prior'): MultiLabelSmoothingCallback((.1, 0.), prior)
+        with_prior, pair = MultiLabelSmoothingCallback(EPS, prior), MultiLabelSmoothingCallback((.1, 0.))
+        with pytest.raises(ValueError, match='takes no prior'): with_prior.eps = .1, 0.
+        with pytest.raises(ValueError, match='takes no prior'): pair.prior = prior
+        assert with_prior.eps == EPS and pair.eps == (.1, 0.) and pair.prior is None
+        with_prior.prior, pair.eps = None, EPS
+        with_prior.eps, pair.prior = (.1, 0.), prior
+    for bad in ((.6, .5), (-.1, 0.), (.1, NAN), (.1,), (.1, 0., 0.), ('a', 0.), 'ab', torch.tensor([.1, 0.])):
+        with pytest.raises((TypeError, ValueError), match='eps'): with_prior.eps = bad
+    assert with_prior.eps == (.1, 0.)
 
 @pytest.mark.parametrize('shape,prior', [((3, 4, 4), tensor([.1, .2, .3])), ((1, 4, 4), tensor([.1])), ((4, 4), tensor([.1]))])
 def test_a_prior_of_images(shape, prior):
@@ -213,12 +342,17 @@ def test_labels_that_cannot_be_counted_are_told_before_anything_is_trained():
 def test_it_shows_eps_and_prior():
     assert repr(MultiLabelSmoothingCallback()) == 'MultiLabelSmoothingCallback(eps=0.05)'
     assert repr(MultiLabelSmoothingCallback(.1, 'train')) == "MultiLabelSmoothingCallback(eps=0.1, prior='train')"
+    assert repr(MultiLabelSmoothingCallback((.1, 0.))) == 'MultiLabelSmoothingCallback(eps=(0.1, 0))'
     assert 'prior=tensor([0.2500, 0.5000])' in repr(MultiLabelSmoothingCallback(.1, tensor([.25, .5])))
 
 def test_eps_of_a_half_leaves_nothing_to_learn():
     with pytest.warns(UserWarning, match='positives and negatives the same') as said: cb = MultiLabelSmoothingCallback(.5)
     with pytest.warns(UserWarning, match='positives and negatives the same'): cb.eps = .5
     assert len(said) == 1
+    with pytest.warns(UserWarning, match=r'eps=\(0.75, 0.25\) makes positives and negatives the same'): cb.eps = .75, .25
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cb.eps = .75, 0.
 
 # ---------------------------------------------------------------- adding, removing, exporting
 
@@ -275,6 +409,42 @@ def test_eps_follows_the_schedule_beside_one_cycle(sched):
     assert set(hps) == {'lr', 'mom', 'eps'} and learn.loss_agrees.n == 2*N_TRAIN and learn.loss_func.eps == .1
     close(hps['eps'], values(sched, 2))
     for k in ('lr', 'mom'): close(hps[k], without.recorder.hps[k])
+
+PAIRS = SchedCos(np.array([.25, 0.]), np.array([0., .125]))
+
+class PairsAgree(Callback):
+    "The loss of each training batch is that of labels smoothed by the pair that `sched` gives"
+    order, run_valid = -500, False
+    def __init__(self, sched): self.sched, self.n = sched, 0
+    def after_loss(self):
+        e0, e1 = self.sched(self.pct_train)
+        close(self.learn.loss, bce(self.pred, e0 + (1-e0-e1)*self.y))
+        self.n += 1
+
+@pytest.mark.parametrize('sched', [PAIRS, lambda pct: (.1*pct, .2), lambda pct: [.1*pct, .2], lambda pct: (.1, 0.) if pct else (.05, .05)], ids=['cos', 'tuple', 'list', 'step'])
+@pytest.mark.parametrize('make', [lambda: hard(LabelSmoothingBCEWithLogitsFlat((.125, 0.))), lambda: hard(LabelSmoothingBCEWithLogits((.125, 0.))),
+                                  lambda: hard(cbs=[MultiLabelSmoothingCallback((.125, 0.))])], ids=['loss', 'module', 'callback'])
+def test_a_schedule_from_pair_to_pair(make, sched):
+    learn = make().add_cbs([PairsAgree(sched), LabelSmoothingScheduler(sched)])
+    learn.fit_one_cycle(2, 1e-2)
+    seen, owner = learn.recorder.hps['eps'], learn._grab_cbs(MultiLabelSmoothingCallback) or [learn.loss_func]
+    assert learn.pairs_agree.n == len(seen) > 4 and owner[0].eps == (.125, 0.)
+    close(tensor(seen), tensor([[float(v) for v in sched(i/len(seen))] for i in range(len(seen))]))
+    learn.recorder.plot_sched()
+    plt.close('all')
+
+def test_a_schedule_of_numbers_and_pairs():
+    learn = hard(cbs=[MultiLabelSmoothingCallback(.1), LabelSmoothingScheduler(lambda pct: .1 if pct < .5 else (.2, 0.))])
+    learn.fit(2)
+    assert set(learn.recorder.hps['eps']) == {(.1, .1), (.2, 0.)} and learn.multi_label_smoothing.eps == .1
+    learn.recorder.plot_sched()
+    plt.close('all')
+
+def test_a_pair_of_a_schedule_that_has_no_use_for_it():
+    with pytest.raises(TypeError, match='eps must be a number'): scheduled(sched=PAIRS).fit(1)
+    for learn in (ours(prior=PRIOR), hard(LabelSmoothingBCEWithLogitsFlat(EPS, prior=PRIOR))):
+        with pytest.raises(ValueError, match='takes no prior'): learn.fit(1, cbs=LabelSmoothingScheduler(PAIRS))
+        assert _eps_owner(learn).eps == EPS
 
 @pytest.mark.parametrize('first', [True, False])
 def test_either_order_in_cbs_and_plot_sched(first):
@@ -448,7 +618,7 @@ TARGETS = [other(lambda y, n, k: y*2+1), other(lambda y, n, k: dict(target=[y, y
            other(lambda y, n, k: dict(target=torch.zeros(n, k+1), loss=lambda p, y: p.mean()))]
 TABLE = dict(
     MultiLabelSmoothingCallback=Row(trained, multi(), tensors=dict(prior=FLOATS), bad={
-        'eps': [*BAD_EPS, .6], 'prior': PRIORS, 'target': TARGETS, 'loss or smooths': [lambda a, o=o: dict(loss=o) for o in smooth],
+        'eps': [*[o for o in BAD_EPS[:-1] if o is not None], .6, (.6, .5), np.array([.1, .2, .3])], 'prior': PRIORS, 'target': TARGETS, 'loss or smooths': [lambda a, o=o: dict(loss=o) for o in smooth],
         'loss or CrossEntropyLossFlat': [lambda a, o=o: dict(loss=o) for o in one_class],
         'MultiLabelSmoothingCallback': [lambda a: dict(cbs=[MultiLabelSmoothingCallback()])]}),
     LabelSmoothingScheduler=Row(

@@ -15,20 +15,27 @@ from torch.amp import GradScaler, autocast
 from fastai_smooth.all import LabelSmoothingScheduler, MultiLabelSmoothingCallback, OnlineLabelSmoothing
 
 EPS, SCHED, K, N_TRAIN = .125, SchedLin(.3, .05), 4, 2  # configured eps, scheduled eps, classes, training batches an epoch
-OURS = {'callback': (True, None), 'flag': (False, None), 'online': (False, None)}  # several labels? a schedule?
-OURS |= {f'scheduled {kind}': (multi, SCHED) for kind, (multi, _) in OURS.items()}
+PAIR, PAIRS = (.25, .0625), SchedLin(np.array([.3, 0.]), np.array([.05, .1]))  # of negatives and of positives
+OURS = {'callback': (True, None), 'flag': (False, None), 'online': (False, None), 'pair': (True, None), 'online labels': (True, None)}  # several labels? a schedule?
+OURS |= {f'scheduled {kind}': (multi, PAIRS if kind == 'pair' else SCHED) for kind, (multi, _) in OURS.items()}
 
 class OwnSmoothing:
     "The reference: smooths its own targets while the model trains, in float64, straight from the formula."
-    reduction, soft = 'mean', torch.full((K, K), 1/K, dtype=torch.double)  # MixUp sets the first, OwnTeacher the second
-    def __init__(self, multi, sched): self.y_int, self.sched = not multi, sched
+    reduction, soft = 'mean', torch.full((K, K), 1/K, dtype=torch.double)  # MixUp sets the first, a teacher the second
+    def __init__(self, multi, sched, eps):
+        self.y_int, self.sched, self.configured = not multi, sched, eps
+        if multi: self.soft = torch.full((2, K), .5, dtype=torch.double)
     def eps(self):
         if not self.learn.model.training: return 0.
-        return float(self.sched(self.learn.pct_train)) if self.sched else EPS
+        return self.sched(self.learn.pct_train) if self.sched else self.configured
+    def smoothed(self, y):
+        eps = self.eps()
+        if np.ndim(eps): return eps[0] + (1-eps[0]-eps[1])*y
+        return (1-2*eps)*y + 2*eps*(y*self.soft[1] + (1-y)*self.soft[0])
     def __call__(self, pred, y):
         x, eps = pred.double(), self.eps()
         if self.y_int: losses = -(((1-eps)*F.one_hot(y, K) + eps*self.soft[y])*x.log_softmax(-1)).sum(-1)
-        else: losses = F.softplus(x) - ((1-2*eps)*y + eps)*x
+        else: losses = F.softplus(x) - self.smoothed(y.double())*x
         return losses.float() if self.reduction == 'none' else losses.mean().float()
 
 class OwnTeacher(Callback):
@@ -43,6 +50,17 @@ class OwnTeacher(Callback):
             y = (mix.yb1[0] if second else self.y)[i]
             if self.training and row.argmax() == y: self.right[y].append(row.detach())
     def after_train(self): self.loss.soft = torch.stack([torch.stack(o).mean(0) if o else torch.full((K,), 1/K).double() for o in self.right])
+
+class TeacherOfLabels(OwnTeacher):
+    "The same for labels: what those that are right are given, label after label"
+    order = -1e9  # as ours, before all others
+    def before_train(self): self.right = [[[] for _ in range(K)] for _ in range(2)]
+    def after_loss(self):
+        for p, y in zip(self.pred.double().sigmoid(), self.y):
+            for k in range(K):
+                there = y[k] > .5
+                if self.training and p[k] != .5 and (p[k] > .5) == there: self.right[int(there)][k].append(p[k].detach())
+    def after_train(self): self.loss.soft = torch.tensor([[sum(o)/len(o) if o else .5 for o in row] for row in self.right]).double()
 
 class CPUMixedPrecision(MixedPrecision):
     "fastai's asks for autocast('cuda'), which does nothing on a CPU"
@@ -65,12 +83,13 @@ THEIRS = dict(
     early_stopping=lambda: [EarlyStoppingCallback(min_delta=10.)],  # nothing is that much better: stops after two epochs
     save_model=lambda: [SaveModelCallback(min_delta=10.)],          # so the first model is the best, and comes back
     terminate_on_nan=lambda: [NaNAt(), TerminateOnNaNCallback()])
-SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag', 'scheduled online') for name in THEIRS] + [  # and two that meet ours at the same events
+SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag', 'scheduled online', 'scheduled pair', 'scheduled online labels') for name in THEIRS] + [  # and two that meet ours at the same events
     ('callback', 'fp16', 'accumulation'),  # a scaled loss_grad, scaled again, and batches cancelled before the step
     ('callback', 'fp16', 'clip'), ('callback', 'accumulation', 'rnn'),   # an addition to loss_grad and a scale
     ('callback', 'bf16', 'mixup'), ('callback', 'mixup', 'cutmix'),      # mixed twice
     ('flag', 'mixup', 'fp16'),             # the loss is swapped, and runs under autocast
     ('flag', 'cutmix', 'accumulation'), ('flag', 'mixup', 'terminate_on_nan'),  # the fit is cancelled while the loss is swapped
+    ('online labels', 'mixup', 'fp16'), ('online labels', 'cutmix', 'accumulation'), ('pair', 'fp16', 'accumulation'),
     ('online', 'mixup', 'fp16'), ('online', 'cutmix', 'accumulation'), ('online', 'mixup', 'terminate_on_nan'),
     ('scheduled callback', 'save_model', 'early_stopping'), ('scheduled flag', 'mixup', 'param_scheduler')]
 
@@ -88,21 +107,21 @@ class Watch(Callback):
 def make(kind, names=(), ours=True, first=True, path=None):
     "A Learner with what `kind` (multi-label? scheduled?) and `names` say, ours added first or last; with `ours=False` the reference for it."
     (multi, sched), theirs, grads = OURS[kind], [cb for n in names for cb in THEIRS[n]()], Grads()
-    mine = [MultiLabelSmoothingCallback(EPS)]*multi + [LabelSmoothingScheduler(SCHED)]*bool(sched) if ours else []
-    loss, g = (BCEWithLogitsLossFlat() if multi else CrossEntropyLossFlat()) if ours else OwnSmoothing(multi, sched), torch.Generator().manual_seed(0)
+    eps, online = PAIR if kind.endswith('pair') else EPS, 'online' in kind
+    mine = [MultiLabelSmoothingCallback(eps, 'online' if online else None)]*multi + ([LabelSmoothingScheduler(sched)] if sched else []) if ours else []
+    loss, g = (BCEWithLogitsLossFlat() if multi else CrossEntropyLossFlat()) if ours else OwnSmoothing(multi, sched, eps), torch.Generator().manual_seed(0)
     x, y = torch.randn(24, *[6] if 'rnn' in names else [1, 8, 8], generator=g), (torch.rand(24, K, generator=g) < .4).float()
     dls, model = tensor_dls(x, y if multi else y.argmax(1), bs=8, n_valid=8), (rnn_net if 'rnn' in names else flat_mlp)(K)
-    online = kind.endswith('online')
     flag = EPS if ours and first and not multi and not online else None
     learn = tensor_learner(dls, model, loss, path=path, cbs=[] if first else theirs, label_smoothing=flag)
     if ours and not multi and flag is None: mine += learn.to_smooth(EPS, prior='online' if online else None)._grab_cbs(OnlineLabelSmoothing)
-    if online and not ours: learn.add_cb(OwnTeacher(loss))
+    if online and not ours: learn.add_cb((TeacherOfLabels if multi else OwnTeacher)(loss))
     learn.add_cbs([o for o in mine if o not in learn.cbs] + (theirs if first else []) + [grads, Watch()])
     if not ours: loss.learn = learn
     learn.recorder.smooth_loss.beta = 0.  # record each batch's own loss
     grads.seen, learn.recorder.losses, learn.recorder.values = [], [], []  # for a fit that ends before their before_fit
     learn.found, learn.mine, learn.sched = learn.loss_func, mine, sched
-    learn.owner = mine[0] if multi and ours else learn.loss_func  # of eps
+    learn.owner, learn.eps = mine[0] if multi and ours else learn.loss_func, eps
     return learn
 
 def record(learn):
@@ -116,9 +135,9 @@ def leftovers(learn, n_epoch=0, names=()):
     "What a fit of ours must not leave behind; and after one of `n_epoch` without a fault, eps is recorded batch by batch"
     res, n = [f'{e} (seen)' for e in learn.watch.wrong], len(learn.recorder.losses)
     if learn.loss_func is not learn.found: res.append('loss_func')
-    if learn.owner.eps != EPS: res.append(f'eps {learn.owner.eps}')
+    if learn.owner.eps != learn.eps: res.append(f'eps {learn.owner.eps}')
     if not (learn.mine and learn.sched and n_epoch and n): return res
-    hps, expected = getattr(learn.recorder, 'hps', {}), [SCHED(i/(N_TRAIN*n_epoch)) for i in range(n)]
+    hps, expected = getattr(learn.recorder, 'hps', {}), np.array([learn.sched(i/(N_TRAIN*n_epoch)) for i in range(n)])
     right = set(hps) == {'eps', *['lr']*('param_scheduler' in names)} and distance(hps['eps'], expected) < 1e-6
     return res if right else [*res, f'hps {hps}']
 
@@ -177,14 +196,14 @@ def after_fault(kind, names, *fault):
     ours, ours_next, wrong = run(learn, *fault)
     wrong += [f'{o["raised"]}, not {r["raised"]}' for o, r in ((ours, ref), (ours_next, ref_next)) if o['raised'] is not r['raised']]
     if ours['swapped'] and not ref['swapped']: wrong.append('loss_func')
-    if ours_next['attributes'] != ref_next['attributes'] - {'own_teacher'} | {cb.name for cb in learn.mine}: wrong.append('attributes')
+    if ours_next['attributes'] != ref_next['attributes'] - {'own_teacher', 'teacher_of_labels'} | {cb.name for cb in learn.mine}: wrong.append('attributes')
     # the loss of a batch that was cancelled before its backward is the hard one
     wrong += differences(ours, ref, ('gradients', 'weights')) + differences(ours_next, ref_next) + leftovers(learn, 1, names)
     return wrong and [(kind, *names, *fault, wrong)]
 
 @pytest.mark.parametrize('ex', FAULTS, ids=lambda o: o.__name__)
-@pytest.mark.parametrize('kind,names', [('scheduled callback', ['accumulation']), ('scheduled flag', ['mixup']), ('scheduled online', ['mixup'])],
-                         ids=['callback', 'flag', 'online'])
+@pytest.mark.parametrize('kind,names', [('scheduled callback', ['accumulation']), ('scheduled flag', ['mixup']), ('scheduled online', ['mixup']),
+                                        ('scheduled online labels', ['accumulation'])], ids=['callback', 'flag', 'online', 'online labels'])
 def test_fault(kind, names, ex):
     "At every event, before ours and after; two of ours at once, beside a scaled loss_grad and a swapped loss"
     places = [(e, True) for e in FAULTS[ex]] + [(e, False) for e in ('after_pred', 'after_batch') if FAULTS[ex] is IN_FIT]

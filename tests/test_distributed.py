@@ -31,6 +31,8 @@ LEARNERS = {
     'the flag': lambda two: learner(CrossEntropyLossFlat(), two, label_smoothing=.1),
     'the callback': lambda two: learner(BCEWithLogitsLossFlat(), two, multi=True, cbs=MultiLabelSmoothingCallback(.1)),
     'online': lambda two: learner(CrossEntropyLossFlat(), two, label_smoothing='online'),
+    'online labels': lambda two: learner(BCEWithLogitsLossFlat(), two, multi=True, label_smoothing='online'),
+    'a pair': lambda two: learner(BCEWithLogitsLossFlat(), two, multi=True, label_smoothing=(.2, 0.)),
     'a schedule': lambda two: learner(CrossEntropyLossFlat(), two, label_smoothing=.1, cbs=LabelSmoothingScheduler(SchedLin(.3, 0.))),
     'weights and ignored rows': lambda two: learner(weighted(), two, junk=True, cbs=GlobalMean()),
     'the same, the flag': lambda two: learner(CrossEntropyLossFlat(weight=W), two, junk=True, label_smoothing=.2, cbs=[GlobalMean(), GradientClip(.5)]),
@@ -39,7 +41,7 @@ LEARNERS = {
     'local means': lambda two: learner(weighted(), two, junk=True)}
 
 def trained(learn, ctx=contextlib.nullcontext):
-    n = 1 + bool(learn._grab_cbs(OnlineLabelSmoothing))   # whose first epoch teaches the second
+    n = 1 + bool(learn._grab_cbs(OnlineLabelSmoothing) or [cb for cb in learn._grab_cbs(MultiLabelSmoothingCallback) if cb.online])   # whose first epoch teaches the second
     with ctx(): learn.fit(n)
     assert learn.train_iter == 20*n
     return weights(learn)

@@ -106,6 +106,22 @@ def test_what_eps_find_suggests_is_taken():
     found = SimpleNamespace(eps=.2)
     assert single().to_smooth(found).loss_func.eps == single(label_smoothing=found).loss_func.eps == .2
 
+@pytest.mark.parametrize('pair', [(.25, 0.), (0., .25), [.25, .125]], ids=str)
+def test_a_pair_for_multi_label(pair):
+    "as eps and as the flag; alone"
+    e0, e1 = pair
+    for learn in (multi().to_smooth(pair), multi(label_smoothing=pair), multi().to_smooth(SimpleNamespace(eps=pair))):
+        assert callbacks_of(learn)[0].eps == (e0, e1)
+        trains_on(learn, lambda pred, y: bce(pred, e0 + (1-e0-e1)*y), bce)
+    with pytest.raises(ValueError, match='takes no prior'): multi().to_smooth(pair, prior=torch.full((5,), .5))
+
+@pytest.mark.parametrize('kwargs', [{}, dict(prior='online'), dict(prior=torch.full((4,), .25))])
+def test_a_pair_for_one_class_is_a_type_error(kwargs):
+    learn = single(loss := CrossEntropyLossFlat())
+    with pytest.raises(TypeError, match=r'eps=\(0.1, 0.0\): a pair.*multi-label.*CrossEntropyLossFlat takes a number'): learn.to_smooth((.1, 0.), **kwargs)
+    with pytest.raises(TypeError, match=r'label_smoothing=\(0.1, 0.0\): .*multi-label'): single(label_smoothing=(.1, 0.))
+    assert learn.loss_func is loss
+
 def test_a_word_for_eps_is_told_of_eps_find():
     with pytest.raises(TypeError, match=r"got 'auto'.*learn\.to_smooth\(learn\.eps_find"): single().to_smooth('auto')
     with pytest.raises(TypeError, match="label_smoothing='auto'.*eps_find"): single(label_smoothing='auto')
@@ -481,7 +497,7 @@ PRIORS = [lambda a: torch.full((len(a['prior'])+1,), .2), lambda a: a['prior'][N
           'valid', 'train', 3.5, [.5], np.ones(3), object()]
 TABLE = dict(
     to_smooth=Row(smoothed, asked(), tensors=dict(prior=FLOATS), tol=1e-4, bad={
-        'eps': [*[o for o in BAD_EPS if o is not None], of('labels', eps=.6), of('classes', eps=torch.full((1, 9), .1)),
+        'eps': [*[o for o in BAD_EPS[:-1] if o is not None], of('classes', eps=BAD_EPS[-1]), of('classes', eps=(.1, 0.)), of('labels', eps=.6), of('labels', eps=(.6, .5)), of('classes', eps=torch.full((1, 9), .1)),
                 of('classes', eps=tensor([.1, -.1]), prior=None)],
         'prior': PRIORS, 'spread': [*BAD_SPREAD, of('labels', spread='others')], 'smooth_valid': [of('labels', smooth_valid=True)],
         'prior or spread': [of('classes', spread='others')]}),

@@ -60,8 +60,9 @@ TYPES = dict(
     text_classifier=Type(lambda d, **k: text_classifier_learner(d.texts, AWD_LSTM, config=small_clas_config(), pretrained=False, **k),
                          lambda d: TEXTS[0], {'show_results'}, names=lambda d: ['cat', 'dog']),
     language_model=Type(language_model, lambda d: 'the cat sat', {'get_preds', 'ClassificationInterpretation', 'plot_top_losses'}, names=lambda d: list(d.words.vocab)),
-    multi_vision=Type(lambda d, **k: vision_learner(d.pairs, tiny_arch, pretrained=False, **k), lambda d: d.pairs.path/'3.png'),
-    multi_tabular=Type(lambda d, **k: tabular_learner(d.multi_table, layers=[8], **k), lambda d: d.row))
+    multi_vision=Type(lambda d, **k: vision_learner(d.pairs, tiny_arch, pretrained=False, **k), lambda d: d.pairs.path/'3.png',
+                      names=lambda d: list(d.pairs.vocab)),
+    multi_tabular=Type(lambda d, **k: tabular_learner(d.multi_table, layers=[8], **k), lambda d: d.row, names=lambda d: MULTI_COLS))
 
 def is_multi(kind): return kind.startswith('multi')
 
@@ -69,16 +70,18 @@ def uses(kind):
     "What each way of smoothing is given, and what it does to the Learner"
     loss = LabelSmoothingBCEWithLogitsFlat if is_multi(kind) else partial(LabelSmoothingCrossEntropyFlat, **TYPES[kind].options)
     res = dict(loss=lambda f: f(loss_func=loss()), flag=lambda f: f(label_smoothing=True))
-    if is_multi(kind): return res | dict(callback=lambda f: f(cbs=MultiLabelSmoothingCallback()))
+    if is_multi(kind): res |= dict(callback=lambda f: f(cbs=MultiLabelSmoothingCallback()), pair=lambda f: f(label_smoothing=(.2, .1)))
     return res | dict(online=lambda f: f(label_smoothing='online'))
 
 USES = [(k, u) for k in TYPES for u in uses(k)]
 every_use = pytest.mark.parametrize('kind,use', USES)
 
 def reference(kind, x, y, eps, reduction='mean', soft=None):
-    "`soft` (K,K): smoothed to the row of the true class, instead of to all classes alike"
+    "`soft` (K,K): smoothed to the row of the true class, instead of to all classes alike; of labels (2,K), to that of the value"
     x, y = x.as_subclass(torch.Tensor).double(), y.as_subclass(torch.Tensor)
-    if is_multi(kind): return F.binary_cross_entropy_with_logits(x, y.double()*(1-2*eps)+eps, reduction=reduction)
+    if is_multi(kind):
+        e0, e1 = eps if isinstance(eps, tuple) else (eps, eps) if soft is None else (2*eps*soft[0].double(), 2*eps*(1-soft[1].double()))
+        return F.binary_cross_entropy_with_logits(x, e0 + (1-e0-e1)*y.double(), reduction=reduction)
     x = x.movedim(1 if kind == 'unet' else -1, 1)
     if soft is not None:
         y = y.reshape(x[:, 0].shape).long()
@@ -95,10 +98,10 @@ def item_losses(kind, x, y, eps):
 
 def fit_one_cycle(learn, job):
     batches = Spy(lambda l: tuple(o.detach().clone() for o in (l.pred, l.yb[0], l.loss, l.loss_grad)), 'after_batch', order=99)
-    soft = learn.online_label_smoothing.prior if hasattr(learn, 'online_label_smoothing') else None # of the epoch before
+    cb = first(learn._grab_cbs((OnlineLabelSmoothing, MultiLabelSmoothingCallback)))
+    job.soft = cb and (cb.learnt if is_multi(job.kind) else cb.prior) # of the epoch before
     learn.fit_one_cycle(1, 1e-2, cbs=batches)
-    job.soft = soft
-    if soft is not None: job.names = list(learn.online_label_smoothing.soft_labels.index)
+    if job.soft is not None: job.names = list(cb.soft_labels.index)
     return tuple(batches.train()), tuple(batches.valid())
 
 def get_preds(learn, job, **kwargs):
@@ -149,7 +152,7 @@ def ran(tmp_path_factory):
         torch.manual_seed(0); np.random.seed(0); random.seed(0)
         make = partial(TYPES[kind].make, data, path=folder)
         learn = quiet(make() if use == 'own' else uses(kind)[use](make))
-        before, job = weights(learn).clone(), SimpleNamespace(data=data, item=TYPES[kind].item(data), file=folder/f'{kind} {use}.pkl')
+        before, job = weights(learn).clone(), SimpleNamespace(kind=kind, data=data, item=TYPES[kind].item(data), file=folder/f'{kind} {use}.pkl')
         done = {name: do(call, learn, job) for name, call in CALLS.items()}
         return SimpleNamespace(done=done, job=job, moved=(weights(learn) != before).float().mean(), value=lambda name: done[name][1])
     return f
@@ -167,7 +170,7 @@ def test_what_fastai_s_own_loss_can_do_smoothing_can(ran, kind, use):
 def test_training_is_smoothed_and_real(ran, kind, use):
     """Validation is smoothed only by a loss that was passed as loss_func, as by fastai's. The RNN's regularisers add to what is
     backpropagated, not to the loss that is shown."""
-    run, eps = ran(kind, use), 0 if use == 'own' else .5 if use == 'online' else .05 if is_multi(kind) else .1
+    run, eps = ran(kind, use), dict(own=0, pair=(.2, .1), online=.25 if is_multi(kind) else .5).get(use, .05 if is_multi(kind) else .1)
     if use == 'online':
         assert (run.job.soft.std(0) > 0).any()   # learnt by then: not each class gives the same
         assert run.job.names == TYPES[kind].names(run.job.data)   # of the classes

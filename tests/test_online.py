@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastai_smooth.all import *
-from fastai_smooth import online
+from fastai_smooth import callback, online
 from fastai_smooth.smoothed import found_loss
 
 for name in [n for n in globals() if n.startswith('test')]: del globals()[name]  # fastcore's test_eq and friends
@@ -82,7 +82,7 @@ def test_sums_of_any_rows(n, k, seed, chunk, junk, dtype):
     cb = OnlineLabelSmoothing()
     keep = y != -100
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(online, '_chunk', chunk)
+        m.setattr(callback, '_chunk', chunk)
         cb._add(x, y.where(keep, 0), keep)
     finite = [(a, b) for a, b in zip(x, y) if not a.isnan().any()]
     expected, counts = soft_of(finite, k), cb._counts[:, None]
@@ -297,8 +297,8 @@ def refused(make, error, match):
     assert learn.loss_func is loss and list(learn.cbs) == cbs
 
 def test_what_is_not_one_class_a_row_is_refused():
-    multi = multi_dls(k=K)
-    refused(lambda: learner(BCEWithLogitsLossFlat(), dls=multi), TypeError, 'MultiLabelSmoothingCallback smooths such labels')
+    labels = learner(BCEWithLogitsLossFlat(), dls=multi_dls(k=K), cbs=OnlineLabelSmoothing())
+    with pytest.raises(TypeError, match=r"MultiLabelSmoothingCallback\(prior='online'\), which smooths such labels"): labels.fit(1)
     refused(lambda: learner(MSELossFlat()), TypeError, 'regression')
     refused(lambda: learner(dls=tensor_dls(torch.randn(32, 6), torch.full((32, K), 1/K))), ValueError, 'needs class indices as targets, got soft')
     refused(lambda: learner(LabelSmoothingCrossEntropyFlat(.1, multi_hot=True)), ValueError, 'multi_hot=True')
@@ -345,3 +345,245 @@ def test_of_many_classes_those_that_share_most_are_shown():
     ax = learn.online_label_smoothing.plot_soft_labels(max_n=2, return_fig=True).axes[0]
     assert [o.get_text() for o in ax.get_yticklabels()] == [o.get_text() for o in ax.get_xticklabels()] == ['1', '4']
     assert len(learn.online_label_smoothing.plot_soft_labels(return_fig=True).axes[0].get_yticklabels()) == 6
+
+# ---------------------------------------------------------------- several labels: each to what the model gives it, where it is there and where not
+
+def labelled(loss=None, k=K, seed=0, dls=None, model=None, **kwargs):
+    return tensor_learner(dls or multi_dls(k=k, seed=seed), model or mlp(k=k, seed=seed), ifnone(loss, BCEWithLogitsLossFlat()), **kwargs)
+
+def labels_soft(seen, axis=-1):
+    "S [2,K], from predictions and labels of an epoch, number after number; `axis` is that of the labels, None where there is one"
+    right = defaultdict(list)
+    for pred, y in seen:
+        pred, y = (o.double().reshape(pred.shape) for o in (pred, y))
+        pred, y = (o.unsqueeze(-1) if axis is None else o.movedim(axis, -1) for o in (pred, y))
+        k = pred.shape[-1]
+        for xs, ys in zip(pred.reshape(-1, k).tolist(), y.reshape(-1, k).tolist()):
+            for j, (x, t) in enumerate(zip(xs, ys)):
+                if t > .5 and x > 0 or t <= .5 and x < 0: right[int(t > .5), j].append(1/(1+math.exp(-x)))
+    return torch.tensor([[sum(o)/len(o) if (o := right[there, j]) else .5 for j in range(k)] for there in (0, 1)]).double()
+
+def smoothed_labels(y, soft, eps, axis=-1):
+    "q = (1-2 eps) y + 2 eps S of the label; of a soft label S is in between"
+    s = [o if axis is None else o.view([-1 if d == axis % y.ndim else 1 for d in range(y.ndim)]) for o in soft]
+    return (1-2*eps)*y + 2*eps*(y*s[1] + (1-y)*s[0])
+
+def label_spy(): return Spy(lambda l: (l.pred.detach().clone(), l.yb[0].clone(), l.loss.detach().clone()), 'after_batch', order=99)
+
+def mask_labels(*shape, axis=1):
+    "Images (24,3,5,6) whose channels tell the labels"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, 5, 6, generator=g)
+    y = (x + .5*torch.randn(x.shape, generator=g) > .3).float()
+    return tensor_dls(x, y.movedim(1, axis) if shape != (24, 5, 6) else y[:, 0], bs=6, n_valid=6)
+
+class Last(nn.Module):
+    "Of images: labels last, or one label"
+    def __init__(self, of): super().__init__(); self.conv, self.of = nn.Conv2d(3, 3, 1), of
+    def forward(self, x): return self.of(self.conv(x))
+
+def seeded(make): return torch.manual_seed(0) and make()
+def unflattened(pred, y): return F.binary_cross_entropy_with_logits(pred, y)
+def one_label(dim, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 6, generator=g)
+    y = (x[:, :1] + .5*torch.randn(64, 1, generator=g) > 0).float()
+    return labelled(dls=tensor_dls(x, y if dim == 2 else y[:, 0]), **kwargs)
+
+LABELLED = {   # name -> learner, axis of the labels
+    'fastai': (lambda: labelled(), -1), 'torch': (lambda: labelled(nn.BCEWithLogitsLoss()), -1), 'own': (lambda: labelled(unflattened), -1),
+    'pos_weight': (lambda: labelled(BCEWithLogitsLossFlat(pos_weight=torch.tensor([.5, 1., 2., 3.]))), -1),
+    'integers': (lambda: labelled(dls=multi_dls(k=K, dtype=torch.int64)), -1),
+    'masks': (lambda: labelled(dls=mask_labels(), model=seeded(lambda: nn.Conv2d(3, 3, 1))), 1),
+    'labels last': (lambda: labelled(BCEWithLogitsLossFlat(axis=3), dls=mask_labels(axis=3), model=seeded(lambda: Last(lambda o: o.movedim(1, 3)))), 3),
+    'one mask': (lambda: labelled(dls=mask_labels(24, 5, 6), model=seeded(lambda: Last(lambda o: o[:, 0]))), None),
+    'one label': (lambda: one_label(2, k=1), -1), 'one label, flat targets': (lambda: one_label(1, k=1), -1),
+    'one event': (lambda: one_label(1, model=seeded(lambda: nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)))), None)}
+
+@pytest.mark.parametrize('eps', [None, .4])
+@pytest.mark.parametrize('name', LABELLED)
+def test_the_epoch_before_teaches_labels_of_the_next(name, eps):
+    "S, and the loss of each batch, by the formula; validation is that of the hard loss"
+    (make, axis), batches = LABELLED[name], label_spy()
+    learn, cb = make(), MultiLabelSmoothingCallback(eps, 'online')
+    hard = learn.add_cb(cb).loss_func
+    learn.fit(3, cbs=batches)
+    weight = torch.tensor([.5, 1., 2., 3.]).double() if name == 'pos_weight' else None
+    train, soft = batches.train(), torch.full((2, 99), .5).double()
+    n, k = len(train)//3, cb.learnt.shape[1]
+    soft = soft[:, :k]
+    for epoch in range(3):
+        now = train[epoch*n:(epoch+1)*n]
+        for p, y, l in now:
+            x = p.double()
+            q = smoothed_labels(y.double().reshape(x.shape), soft, cb.eps, axis)
+            close(l, F.binary_cross_entropy_with_logits(x, q, pos_weight=weight).to(l.dtype))
+        soft = labels_soft([o[:2] for o in now], axis)
+    close(cb.learnt, soft.float())
+    assert cb.eps == ifnone(eps, .25) and (soft[0] < .49).any() and (soft[1] > .51).any() and cb.learnt.dtype == torch.float32
+    for p, y, l in batches.valid(): close(l, hard(p, y) if name != 'own' else unflattened(p, y))
+    assert list(cb.soft_labels.columns) == ['not there', 'there'] and list(cb.soft_labels.index) == list(map(str, range(k)))
+    np.testing.assert_array_equal(cb.soft_labels, cb.learnt.T)
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 40), k=st.integers(0, 7), seed=st.integers(0, 99), chunk=st.sampled_from([1, 5, 2**22]), junk=st.booleans(),
+       labels=st.sampled_from([torch.float32, torch.float64, torch.uint8, torch.bool, torch.int64]),
+       dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_sums_of_any_labels(n, k, seed, chunk, junk, labels, dtype):
+    "In chunks of any size; predictions of nan and unknown labels count nowhere, of soft labels the larger part; (N,) where k is 0"
+    g, shape = torch.Generator().manual_seed(seed), (n, k) if k else (n,)
+    x, y = (3*torch.randn(shape, generator=g)).to(dtype), torch.rand(shape, generator=g)
+    y = y.to(labels) if labels.is_floating_point else (y < .5).to(labels)
+    if junk:
+        x[n//2] = math.nan
+        x.flatten()[0], x.flatten()[-1] = math.inf, -math.inf
+        if labels.is_floating_point: y[n//3] = math.nan
+    cb = MultiLabelSmoothingCallback(prior='online')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(callback, '_chunk', chunk)
+        cb._add(x, y)
+    expected = labels_soft([(x.clamp(-700, 700), y)], -1 if k else None)
+    close(torch.where(cb._counts > 0, cb._sums/cb._counts, .5), expected, 1e-6)
+    counts = [((y <= .5) & (x < 0)).reshape(n, -1).sum(0), ((y > .5) & (x > 0)).reshape(n, -1).sum(0)]
+    assert cb._counts.tolist() == torch.stack(counts).tolist() and cb._sums.dtype == torch.float64
+
+def test_millions_of_labels_are_not_lost():
+    cb, one = MultiLabelSmoothingCallback(prior='online'), torch.ones(1, 1)
+    cb._add(one*99, one)
+    cb._sums += 2**25; cb._counts += 2**25
+    for _ in range(3): cb._add(one*99, one)
+    assert cb._sums.tolist() == cb._counts.tolist() == [[2**25], [2**25 + 4]]
+
+def test_no_label_is_looked_at_in_a_step():
+    with FakeTensorMode():
+        cb = MultiLabelSmoothingCallback(prior='online')
+        for _ in range(2): cb._add(torch.zeros(6, 5), torch.zeros(6, 5))
+        assert cb._sums.shape == (2, 5)
+
+def test_unknown_labels_are_not_learnt_from():
+    "nan, of a loss that leaves them out"
+    def known_only(pred, y): return F.binary_cross_entropy_with_logits(pred[known := ~y.isnan()], y[known])
+    y = next(iter(multi_dls(k=K, bs=64).train))[1]
+    x = torch.randn(len(y), 6, generator=torch.Generator().manual_seed(0))
+    y = torch.where(torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < .3, math.nan, y)
+    learn, batches = labelled(known_only, dls=tensor_dls(x, y)), label_spy()
+    learn.add_cb(MultiLabelSmoothingCallback(prior='online')).fit(2, cbs=batches)
+    train = [o[:2] for o in batches.train()]
+    close(learn.multi_label_smoothing.learnt, labels_soft(train[len(train)//2:]).float())
+
+def test_labels_go_on_where_the_last_fit_was():
+    "One fit of three epochs, three of one; another eps; a prior of another kind, and to_hard, forget"
+    whole, parts = (fit_seeded(labelled().to_smooth(prior='online'), n) for n in (3, 1))
+    assert parts.multi_label_smoothing.soft_labels is not None
+    for _ in range(2): parts.fit(1)
+    kept = parts.multi_label_smoothing.learnt
+    assert torch.equal(weights(whole), weights(parts)) and torch.equal(whole.multi_label_smoothing.learnt, kept)
+    cb = parts.to_smooth(.4, prior='online').multi_label_smoothing
+    assert cb.learnt is kept and cb.eps == .4
+    batches = label_spy()
+    parts.fit(1, cbs=batches)
+    p, y, l = batches.train()[0]
+    close(l, F.binary_cross_entropy_with_logits(p, smoothed_labels(y, kept, .4)))
+    cb.prior = torch.full((K,), .5)
+    assert cb.learnt is None and cb.soft_labels is None
+    for undone in (lambda l: l.to_hard(), lambda l: l.to_smooth(.1)):
+        assert undone(parts.to_smooth(prior='online')).to_smooth(prior='online').multi_label_smoothing.learnt is None
+        parts.fit(1)
+
+@pytest.mark.parametrize('loss', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss()], ids=['fastai', 'torch'])
+def test_labels_the_callback_alone_flag_and_word(loss):
+    "The same training; without it there is none"
+    makes = [lambda: labelled(loss, cbs=MultiLabelSmoothingCallback(prior='online')), lambda: labelled(loss, label_smoothing='online'),
+             lambda: labelled(loss).to_smooth(prior='online'), lambda: labelled(loss).to_smooth(SimpleNamespace(eps=.25, prior='online'))]
+    alone, flag, word, found = (fit_seeded(make(), 3) for make in makes)
+    for other in (flag, word, found): assert torch.equal(weights(alone), weights(other))
+    once = fit_seeded(labelled(loss), 3, cbs=MultiLabelSmoothingCallback(prior='online'))
+    assert torch.equal(weights(once), weights(alone)) and not hasattr(once, 'multi_label_smoothing')
+    assert repr(alone.multi_label_smoothing) == "MultiLabelSmoothingCallback(eps=0.25, prior='online')"
+    alone.remove_cb(MultiLabelSmoothingCallback)
+    assert not torch.equal(weights(word), weights(fit_seeded(labelled(loss).to_smooth(.25), 3)))
+    assert torch.equal(weights(fit_seeded(labelled(loss).to_smooth(prior='online').to_hard(), 3)), weights(fit_seeded(labelled(loss), 3)))
+
+@pytest.mark.parametrize('share', [.8, .2])
+def test_of_two_mixed_inputs_the_larger_part_of_a_label_counts(share):
+    class Mixed(MixUp):
+        "Always with the same share of the first one, and the rows in reverse"
+        def before_batch(self):
+            self.lam, self.yb1 = torch.full((len(self.y), 1), share), (self.y.flip(0),)
+            if self.training: self.learn.yb = (share*self.y + (1-share)*self.y.flip(0),)
+    learn, batches = labelled(cbs=Mixed()).to_smooth(prior='online'), label_spy()
+    learn.fit(1, cbs=batches)
+    seen = batches.train()
+    assert set(round(v, 1) for v in seen[0][1].flatten().tolist()) == {0., .2, .8, 1.}
+    close(learn.multi_label_smoothing.learnt, labels_soft([o[:2] for o in seen]).float())
+
+def test_labels_validation_in_the_middle_of_an_epoch():
+    a, b = labelled().to_smooth(prior='online'), labelled(cbs=ValidateInTraining()).to_smooth(prior='online')
+    fit_seeded(a, 3), fit_seeded(b, 3)
+    assert torch.equal(weights(a), weights(b)) and torch.equal(a.multi_label_smoothing.learnt, b.multi_label_smoothing.learnt)
+
+@pytest.mark.parametrize('ex', [KeyboardInterrupt, CancelEpochException, CancelFitException])
+def test_an_unfinished_epoch_teaches_no_labels(ex):
+    "S is that of the last whole epoch, and the next one begins anew"
+    learn, batches = labelled().to_smooth(prior='online'), label_spy()
+    learn.fit(1)
+    soft = learn.multi_label_smoothing.learnt
+    try: learn.fit(1, cbs=RaiseAt(ex()))
+    except KeyboardInterrupt: pass
+    assert learn.multi_label_smoothing.learnt is soft
+    learn.fit(1, cbs=batches)
+    close(learn.multi_label_smoothing.learnt, labels_soft([o[:2] for o in batches.train()]).float())
+
+def test_labels_lr_find_and_eps_find_leave_no_trace():
+    learn = labelled().to_smooth(.3, prior='online')
+    learn.fit(1)
+    cb, soft, before = learn.multi_label_smoothing, learn.multi_label_smoothing.learnt.clone(), weights(learn).clone()
+    learn.lr_find(num_it=12, stop_div=False, show_plot=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        found = learn.eps_find(4, full=True, epss=[.25], show_plot=False)
+    with pytest.raises(ValueError, match='compare pilots, by full=True'): learn.eps_find(4, show_plot=False)
+    assert learn.multi_label_smoothing is cb and torch.equal(cb.learnt, soft) and cb.eps == .3 and found.prior == 'online'
+    assert torch.equal(weights(learn), before) and cb._sums is None
+
+@pytest.mark.parametrize('way', ['export', 'deepcopy'])
+def test_a_copy_of_labels_goes_on_by_itself(way, tmp_path):
+    learn = fit_seeded(labelled(path=tmp_path).to_smooth(.4, prior='online'), 2)
+    if way == 'export':
+        learn.dls.new_empty = partial(copy, learn.dls) # loaders of lists have none
+        learn.export('l.pkl')
+        other = load_learner(tmp_path/'l.pkl')
+        other.dls = learn.dls
+    else: other = deepcopy(learn)
+    cb, copied = learn.multi_label_smoothing, other.multi_label_smoothing
+    before = cb.learnt.clone()
+    assert torch.equal(copied.learnt, before) and copied.eps == .4 and copied.prior == 'online'
+    other.fit(1)
+    assert torch.equal(cb.learnt, before) and not torch.equal(copied.learnt, before)
+
+def test_what_was_learnt_of_other_labels_is_forgotten():
+    cb = MultiLabelSmoothingCallback(prior='online')
+    labelled(cbs=cb).fit(1)
+    with pytest.warns(UserWarning, match='learnt of 4 labels is forgotten: now there are 6'): labelled(k=6, cbs=cb).fit(1)
+    assert cb.learnt.shape == (2, 6)
+
+def test_options_of_online_labels():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        cb = MultiLabelSmoothingCallback(.5, 'online')   # smooths all the way to S, which says no and yes
+        cb.eps = .25
+    assert MultiLabelSmoothingCallback(prior='online').eps == .25 and MultiLabelSmoothingCallback().eps == .05
+    with pytest.raises(ValueError, match="'train' or 'online', got 'onlin'"): cb.prior = 'onlin'
+    with pytest.raises(ValueError, match='takes no prior'): cb.eps = .1, 0.
+    with pytest.raises(ValueError, match='takes no prior'): labelled().to_smooth((.1, 0.), prior='online')
+    with pytest.raises(ValueError, match='spread'): labelled().to_smooth(prior='online', spread='others')
+    with pytest.raises(ValueError, match='smooth_valid'): labelled().to_smooth(prior='online', smooth_valid=True)
+    assert cb.eps == .25 and cb.online
+
+def test_labels_by_name():
+    learn = labelled().to_smooth(prior='online')
+    learn.dls.vocab = ['ant', 'bee', 'cat', 'dog']
+    assert learn.multi_label_smoothing.soft_labels is None
+    learn.fit(1)
+    table = learn.multi_label_smoothing.soft_labels
+    assert list(table.index) == ['ant', 'bee', 'cat', 'dog'] and table.index.name == 'label' and (table['not there'] <= .5).all() and (table['there'] >= .5).all()

@@ -123,6 +123,37 @@ def test_the_smallest_within_one_standard_error():
     assert found.eps == .1 and found.eps_interval == (.1, .2) and 'smallest' in found.verdict and found.noise == FIRST.noise
     with pytest.warns(UserWarning, match='best eps is 0.4, the edge'): assert tune._of_grid(FIRST, frame([.1, .1, .1, 0.], [.02, .02, .02, 0.])).eps == .4
 
+PAIR = .1, 0.
+
+def test_pairs_are_compared_too():
+    "by the NLL of pilots that were trained with them"
+    learn = trainable(True)
+    found = quietly(find, learn, 5, share=1., full=True, epss=[PAIR, .3, (.025, .025), .05, 0])
+    assert found.scores.eps.tolist() == [0., .025, .05, PAIR, .3]
+    preds = [by_hand(learn, 5, eps) for eps in found.scores.eps]
+    near(found.scores.nll, [F.binary_cross_entropy_with_logits(cross_fitted(z.double(), y), y.double()) for z, y in preds], 1e-5)
+    own = quietly(find, trainable(True, LabelSmoothingBCEWithLogitsFlat(.2)), 5, share=1., full=True, epss=[PAIR, .3, .025, .05])
+    near(own.scores.nll, found.scores.nll, 1e-5)
+
+def test_the_smallest_pair():
+    "is that of the smallest sum; it is printed, and carried to to_smooth"
+    grid = frame([.1, .01, 0., .05], [.02, .02, 0., .02]).assign(eps=[0., .05, PAIR, (.2, .1)])
+    found = tune._of_grid(FIRST, grid)
+    assert found.eps == .05 and found.eps_interval == (.05, PAIR) and 'eps=0.050 [0.050, (0.100, 0.000)] (the smallest' in f'{found}'
+    found = tune._of_grid(FIRST, grid.assign(behind=[.1, .1, 0., .01]))
+    assert found.eps == PAIR and found.eps_interval == (PAIR, (.2, .1)) and 'eps=(0.100, 0.000) [(0.100, 0.000), (0.200, 0.100)]' in f'{found}'
+    assert trainable(True).to_smooth(found).multi_label_smoothing.eps == PAIR
+    with pytest.warns(UserWarning, match=r'best eps is \(0.2, 0.1\), the edge'): assert tune._of_grid(FIRST, grid.assign(behind=[.1, .1, .1, 0.])).eps == (.2, .1)
+    tune._plot(found, *drawn(60, 3, multi=True), None)
+    ax = plt.gca()
+    assert [o.get_text() for o in ax.texts] == ['(0.1, 0)', '(0.2, 0.1)'] and 'of a pair the mean' in ax.get_xlabel() and 'eps=(0.1, 0)' in ax.get_title()
+    near(ax.lines[0].get_xdata(), [0., .05, .05, .15]), near(ax.lines[-1].get_xdata(), [.05]*2)
+    plt.close('all')
+
+@pytest.mark.parametrize('make', [lambda: trainable(True).to_smooth(.1, prior=V), lambda: trainable(True, LabelSmoothingBCEWithLogitsFlat(.1, prior=V))])
+def test_a_pair_beside_a_prior_is_refused_before_a_pilot_is_trained(make):
+    with pytest.raises(ValueError, match='takes no prior'): find(make().add_cb(Trained()), full=True, epss=[.05, PAIR])
+
 def test_no_evidence():
     "all are within one standard error: the first pilot's word stands"
     with warnings.catch_warnings():
@@ -292,6 +323,8 @@ def first_nan(trial): params(trial.model)[0].data.fill_(NAN)
     (partial(trainable, True, cbs=Trained()), dict(full=True, epss=[.7]), ValueError, r'epss must be in \[0,0.5\]'),
     (partial(trainable, cbs=Trained()), dict(full=True, epss=[.1], spread='none'), ValueError, 'spread'),
     (partial(trainable, True, LabelSmoothingCrossEntropyFlat(.1, multi_hot=True)), {}, TypeError, 'needs class indices as targets of LabelSmoothingCrossEntropyFlat'),
+    (partial(trainable, True, cbs=Trained()), dict(full=True, epss=[(.6, .5)]), ValueError, r'epss must be numbers in \[0,0.5\], or pairs, got'),
+    (partial(trainable, cbs=Trained()), dict(full=True, epss=[PAIR]), TypeError, r'epss must be numbers in \[0,1\], got'),
     (soft, dict(fit=noop), TypeError, 'class indices'),
     *[(partial(trainable, True), dict(fit=o), ValueError, 'labels of 0 and 1') for o in (half, unknown)],
     *[(partial(trainable, multi, opt_func=SGD), dict(lr=1e30, n_epoch=10), ValueError, 'eps=0 diverged') for multi in (False, True)],
@@ -379,3 +412,17 @@ def test_pilots_smooth_online_where_that_is_meant(way, monkeypatch):
     assert list(found.scores.eps) == [0., .3, .5, .7, .9] and list(dict.fromkeys(seen)) == [(e, True, way != 'asked for') for e in found.scores.eps]
     assert ('online_label_smoothing' in vars(learn)) == (way != 'asked for') and found.prior == 'online' and f'{found.eps:.3f}' in f'{found}'
     assert learn.to_smooth(found).online_label_smoothing.eps == found.eps
+
+def test_pilots_smooth_labels_online():
+    "with half of the values, and what the Learner has learnt by then"
+    learn, seen = trainable(True).to_smooth(prior='online'), []
+    learn.fit(1)
+    soft, cb = learn.multi_label_smoothing.learnt.clone(), learn.multi_label_smoothing
+    class Look(Callback):
+        run_valid = False
+        def before_batch(self): seen.append((cb := self.learn.multi_label_smoothing).eps); assert cb.online and (self.train_iter or torch.equal(cb.learnt, soft))
+    found = quietly(find, learn, 1, full=True, fit=lambda o: o.fit(1, cbs=Look()))
+    assert list(found.scores.eps) == [0., .15, .25, .35, .45] == list(dict.fromkeys(seen)) and found.prior == 'online'
+    assert learn.multi_label_smoothing is cb and torch.equal(cb.learnt, soft) and cb.eps == .25
+    other = quietly(find, trainable(True), 1, full=True, epss=[.2], prior='online')
+    assert trainable(True).to_smooth(other).multi_label_smoothing.online and other.scores.eps.tolist() == [0., .2]
