@@ -17,6 +17,9 @@ from .images import *
 from .labels import *
 from .learner import *
 from .report import *
+from .report import headline
+from .scores import *
+from .scores import of_labels
 from .tune import *
 
 # %% ../nbs/22_compare.ipynb #c95fd1f0
@@ -36,11 +39,12 @@ def _find_arch(name, pretrained=False):
 
 # %% ../nbs/22_compare.ipynb #f46386cf
 def _learner(dls, method, arch, pretrained):
-    "Without smoothing the loss stays the plain one"
+    "Without smoothing the loss stays the plain one, which fastai finds in the data: of several labels a binary cross entropy"
+    metrics = accuracy_multi if isinstance(dls.loss_func, BCEWithLogitsLossFlat) else accuracy
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='torchvision') # of how fastai asks it for models
-        learn = vision_learner(dls, _find_arch(arch, pretrained), pretrained=pretrained, metrics=accuracy)
-    return learn.to_smooth(method.eps, prior=method.prior) if method.eps else learn
+        learn = vision_learner(dls, _find_arch(arch, pretrained), pretrained=pretrained, metrics=metrics)
+    return learn.to_smooth(method.eps, prior=method.prior) if method.smooths else learn
 
 def _fit(learn, epochs, lr, pretrained): (learn.fine_tune if pretrained else learn.fit_one_cycle)(epochs, lr)
 
@@ -48,8 +52,8 @@ def _quiet(learn, progress): return ContextManagers([] if progress else [learn.n
 
 @delegates(get_dls)
 def one_run(
-    data:ImageSet, # What `digits`, `fashion` or `image_folder` gives
-    eps:float, # Smoothing in [0,1]
+    data:ImageSet, # What `load_images` gives
+    eps:float|tuple, # Smoothing in [0,1]; of several labels in [0,1/2], or a pair, of negatives and of positives
     seed:int, # Decides all that is random: split, noise, first weights, order of batches, augmentation, dropout
     *, prior:str=None, # Of `Learner.to_smooth`: None is uniform, 'online' is online label smoothing
     epochs:count=4, # Number of epochs, and one more if pretrained
@@ -58,7 +62,7 @@ def one_run(
     lr:positive=3e-3, # Peak learning rate
     progress:bool=True, # Show progress bars?
     **kwargs
-) -> dict: # method, seed, and what `score` gives
+) -> dict: # method, seed, vocab, and what `score` gives
     "Train one model and `score` it on the validation images. Runs that differ in `eps` and `prior` alone share all that is random."
     method = Method(eps, prior)
     with no_random(seed):
@@ -66,7 +70,8 @@ def one_run(
         with _quiet(learn, progress):
             _fit(learn, epochs, lr, pretrained)
             logits,targs = learn.get_preds(act=noop)
-    return dict(method=method, seed=seed, **score(logits, targs, torch.tensor(np.flatnonzero(data.validation(seed)))))
+    return dict(method=method, seed=seed, vocab=list(data.vocab),
+                **score(logits, targs, torch.tensor(np.flatnonzero(data.validation(seed)))))
 
 # %% ../nbs/22_compare.ipynb #auto0002
 def _pilot_images(data, noise):
@@ -116,7 +121,8 @@ def _check_training(data, size, bs, arch, pretrained, **kwargs):
         with or_bad_input(no_batch): learn.model.train()(learn.dls.one_batch()[0])
 
 # %% ../nbs/22_compare.ipynb #9a19ec36
-_HEADS = 'method,eps,seed,accuracy,','eps,seed,accuracy,nll,confidence_gap' # of a results.csv today, and of earlier versions
+# of a results.csv today, with labels, and of earlier versions
+_HEADS = 'method,eps,seed,accuracy,','method,eps,seed,label,positives,','eps,seed,accuracy,nll,confidence_gap'
 
 def _picture(file): return file.with_name(file.stem.replace('results', 'reliability') + '.png')
 
@@ -135,19 +141,25 @@ def _new_results(out):
             with suppress(OSError): # of a file that is gone
                 if not file.stat().st_size: file.unlink()
 
+# %% ../nbs/22_compare.ipynb #cmprleg1
+_NLL = ('NLL: negative log likelihood, the lower the better; after temperature: of logits divided by a temperature '
+        'that was fitted to other validation images (cross-fitted). ')
+_CLASSES = (f'{_NLL}ECE: how far confidence, the largest probability, and accuracy '
+            'are apart; a model is overconfident where confidence is larger. The surest half: the images with the largest confidence. '
+            'All are means over seeds.')
+_LABELS = ('Average precision: of the images with a label, the mean share that has it among those ranked as high by its probability. '
+           'Accuracy over labels: the share of decisions, yes or no, that are right; a model is overconfident where confidence, the larger '
+           f"one of p and 1-p, is larger than that. {_NLL}ECE: how far a label's probability and the share of images that have it are "
+           'apart. All are means over labels and seeds; results.csv has each label.')
+
 # %% ../nbs/22_compare.ipynb #cmprep01
 def _write(runs, file):
     with complete(file) as part: tidy(runs).to_csv(part, index=False)
 
-_COLUMNS = ('NLL: negative log likelihood, the lower the better; after temperature: of logits divided by a temperature '
-            'that was fitted to other validation images (cross-fitted). ECE: how far confidence, the largest probability, and accuracy '
-            'are apart; a model is overconfident where confidence is larger. The surest half: the images with the largest confidence. '
-            'All are means over seeds.')
-
 def _print_report(runs):
     def wrapped(text): return fill(text, min(100, shutil.get_terminal_size().columns), break_on_hyphens=False)
     for text in filter(None, (answer(runs),limits(runs))): print(f'\n{wrapped(text)}', flush=True)
-    print(f'\n{table(tidy(runs)).to_string(index=False)}\n\n{wrapped(_COLUMNS)}\n', flush=True)
+    print(f'\n{table(tidy(runs)).to_string(index=False)}\n\n{wrapped(_LABELS if of_labels(runs[0]) else _CLASSES)}\n', flush=True)
 
 def _report(runs, file):
     "Print what they say, then write results and their picture, whatever came of printing"
@@ -165,13 +177,48 @@ def _run_all(todo, data, file, options):
     try:
         for i,(method,seed) in enumerate(todo):
             print(f'\nRun {i+1} of {len(todo)}: {method}, seed {seed}', flush=True)
-            runs.append(one_run(data, method.eps, seed, prior=method.prior, **options))
-            print('accuracy {accuracy:.4f}, nll {nll:.4f}'.format(**runs[-1]), flush=True)
+            runs.append(run := one_run(data, method.eps, seed, prior=method.prior, **options))
+            judged = headline(runs)
+            print(f'{judged.name} {run[judged.key]:.4f}, nll {run["nll"]:.4f}', flush=True)
             try: _write(runs, file)
             except OSError as e: print(f"can't write results now, but once more in the end ({e})", flush=True)
     except KeyboardInterrupt: raise KeyboardInterrupt(f'{len(runs)} of {len(todo)} runs are finished') from None
     finally:
         if runs: _report(runs, file)
+
+# %% ../nbs/22_compare.ipynb #cmpreps1
+_ONLINE = Method(None, 'online') # with the eps that suits the images
+
+def _method(o):
+    "Of a number, a pair, or a word as `--eps` takes it"
+    if o == 'auto' or isinstance(o, Method): return o
+    kind,given,eps = str(o).partition(':')
+    if kind == 'online': return Method(float(eps), 'online') if given else _ONLINE
+    eps,*other = o if is_listy(o) else map(float, str(o).split(','))
+    if len(other) > 1: raise ValueError(f'eps must be a number or two, got {o}')
+    return Method(eps if other in ([],[eps]) else (eps,*other))
+
+def _check_eps(method, multi):
+    if is_listy(method.eps) and not multi:
+        raise BadInput(f'--eps {method.amount}: a pair, of labels that are not there and of those that are, is for images with several '
+                       'labels; these have one class each, so give one number')
+    if multi and not is_listy(method.eps) and method.eps > .5:
+        raise BadInput(f'--eps {"online:"*(method.prior == "online")}{method.amount}: of several labels 0.5 is the most, where yes and no '
+                       'are alike')
+
+def _methods(words, multi):
+    "For images of one class, or with several labels (`multi`); of no `words` those to begin with"
+    res = [_method(o) for o in ifnone(words, (0., .05 if multi else .1, 'online'))]
+    res = [Method(.25 if multi else .5, 'online') if o == _ONLINE else o for o in res]
+    if len({*res}) < len(res): raise BadInput(f'--eps {" ".join(map(str, res))}: one is there twice')
+    for o in res:
+        if o != 'auto': _check_eps(o, multi)
+    return res
+
+def _is_eps(o): return o in ('auto',Method(),_ONLINE) or o.smooths and min(L(o.eps)) >= 0 and sum(L(o.eps)) <= 1
+
+_eps = number('a number in [0, 1], two such as 0.1,0 with a sum of at most 1, auto, online, or online:EPS with EPS in (0, 1]', _method,
+              _is_eps)
 
 # %% ../nbs/22_compare.ipynb #cmpcomp1
 def _say_if_uniform(methods, epochs, pretrained, **kwargs):
@@ -183,9 +230,11 @@ def _say_if_uniform(methods, epochs, pretrained, **kwargs):
 def _compare(data, methods, seeds, out, options):
     _check_training(data, **options)
     valid,auto = data.validation(0),'auto' in methods
+    if data.multi and not data.classes[valid].any(): raise BadInput('no validation image has a label: there is nothing to find in them')
     if auto: data = ImageSet(data.images, data.classes, data.vocab, valid) # one split for all seeds: the pilot must not see what is scored
     with _new_results(out) as file:
-        print(f'{(~valid).sum()} training and {valid.sum()} validation images of {len(data.vocab)} classes', flush=True)
+        of = 'with {} labels' if data.multi else 'of {} classes'
+        print(f'{(~valid).sum()} training and {valid.sum()} validation images {of.format(len(data.vocab))}', flush=True)
         if auto: methods = _with_auto(methods, data, options)
         _say_if_uniform(methods, **options)
         _run_all([(method,seed) for seed in range(seeds) for method in methods], data, file, options)
@@ -194,33 +243,26 @@ def _defaults():
     "Of the options that `one_run` takes"
     return {k:p.default for k,p in inspect.signature(one_run).parameters.items() if p.default is not p.empty and k != 'prior'}
 
-def _method(o):
-    "Of a number, or a word as `--eps` takes it"
-    if o == 'auto' or isinstance(o, Method): return o
-    kind,given,eps = str(o).partition(':')
-    return Method(float(eps) if given else .5, 'online') if kind == 'online' else Method(float(o))
-
-def _methods(words):
-    res = [_method(o) for o in words]
-    if len({*res}) < len(res): raise BadInput(f'--eps {" ".join(map(str, res))}: one is there twice')
-    return res
-
-_eps = number('a number in [0, 1], auto, online, or online:EPS with EPS in (0, 1]', _method,
-              lambda o: o == 'auto' or 0 < o.eps <= 1 or o == Method())
-
 # %% ../nbs/22_compare.ipynb #942c9936
 @delegates(one_run, but=['progress','prior'])
 def compare(
-    # digits (scikit-learn's, nothing to download), fashion, or a folder with one subfolder a class, or with train and valid (or
-    # test), each with one subfolder a class
+    # digits (scikit-learn's, nothing to download), pairs (two of them on an image: several labels), fashion, or a folder with one
+    # subfolder a class, or with train and valid (or test), each with one subfolder a class; or, with --labels, of images
     data:str='digits',
+    labels:str=None, # A CSV file that gives the images in --data several labels each, or one
+    label_delim:str=None, # With --labels: what separates labels in a cell (default: what the cells show; '' for nothing)
+    fn_col:str=None, # With --labels: name or number of the column of files (default: the first)
+    label_col:str=None, # With --labels: and of labels (default: the next)
+    valid_col:str=None, # With --labels: and of what is for validation (default: is_valid if there is one, else a seed decides)
     root:str=None, # With --data fashion: where FashionMNIST is
     download:bool=False, # With --data fashion: download it to --root if it is not there
     # What to compare: 0 is no smoothing, another number uniform smoothing with that eps, online is online label smoothing (uniform in its
-    # first epoch) with eps .5, online:0.7 with .7. auto: the eps that eps_find suggests from training images, then the same for all seeds
-    eps:list[_eps]=(0., .1, 'online'),
+    # first epoch) with eps .5, online:0.7 with .7. auto: the eps that eps_find suggests from training images, then the same for all seeds.
+    # Of several labels eps is at most .5, online has .25, and 0.1,0 smooths those that are not there by .1, those that are by 0. (default:
+    # 0 0.1 online; of several labels 0 0.05 online)
+    eps:list[_eps]=None,
     seeds:count=3, # Runs of each
-    size:count=None, # Side to resize images to (default: digits 24, fashion 32, else 128)
+    size:count=None, # Side to resize images to (default: digits and pairs 24, fashion 32, else 128)
     bs:count=None, # Batch size (default: 64, or all training images if there are fewer)
     # Where results.csv and reliability.png go, or results-2.csv and so on beside earlier ones
     out:Path=Path('fastai_smooth_out'),
@@ -228,7 +270,20 @@ def compare(
 ):
     """Does label smoothing help on my images? Trains a vision_learner without smoothing, with uniform and
     with online smoothing, several times with seeds that these share. Says in words what smoothing did
-    to accuracy, and whether the probabilities can be believed; what that can't tell; then a table.
+    to accuracy (of several labels an image to mean average precision), and whether the probabilities
+    can be believed; what that can't tell; then a table."""
+    images = load_images(data, root, download, out, labels, label_delim=label_delim, fn_col=fn_col, label_col=label_col,
+                         valid_col=valid_col)
+    methods = _methods(eps, images.multi)
+    auto = 'auto' in methods
+    options = _defaults() | kwargs | dict(size=size or SIZES.get(data, 128), progress=sys.stdout.isatty())
+    options['bs'] = bs or _default_bs(images, auto, options['noise'])
+    # images so small gain little from more threads, lose much when other programs want them too, and round differently
+    if data in ('digits','pairs'): torch.set_num_threads(1)
+    _compare(images, methods, seeds, out, options)
+
+# %% ../nbs/22_compare.ipynb #cmprdoc1
+compare.__doc__ += """
 
     fastai_smooth bench measures how fast the losses are here; see fastai_smooth bench --help.
 
@@ -237,14 +292,8 @@ def compare(
       fastai_smooth --noise 0.2 --eps 0 0.4 online:0.7        the same with wrong labels, smoothed more
       fastai_smooth --noise 0.2 --eps auto                    one eps, chosen by a short training
       fastai_smooth --data photos --pretrained --epochs 3     your own images, from ImageNet weights
+      fastai_smooth --data pairs                              several labels: none, uniform 0.05 and online 0.25
+      fastai_smooth --data planet --labels planet.csv         your own, whose labels are in a table
 
     exit codes: 0 done, 2 bad input, 130 interrupted (what is finished is kept)
     2 is also an --out that can't be written to in the end; the answer is printed before."""
-    methods = _methods(eps)
-    images,auto = load_images(data, root, download, out),'auto' in methods
-    options = _defaults() | kwargs | dict(size=size or SIZES.get(data, 128), progress=sys.stdout.isatty())
-    options['bs'] = bs or _default_bs(images, auto, options['noise'])
-    # images so small gain little from more threads, lose much when other programs want them too, and round differently
-    if data == 'digits': torch.set_num_threads(1)
-    _compare(images, methods, seeds, out, options)
-

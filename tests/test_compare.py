@@ -7,26 +7,44 @@ from urllib.error import URLError
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastcore.foundation import first
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
+from fastai.metrics import accuracy_multi
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from fastai_smooth import compare as cmp
+from fastai_smooth.callback import MultiLabelSmoothingCallback
 from fastai_smooth.cli import run_command
 from fastai_smooth.compare import *
 from fastai_smooth.images import *
 from fastai_smooth.report import *
+from fastai_smooth.scores import *
 from fastai_smooth.tune import EpsSuggestion
 
-from test_report import fake_run
+from test_scores import fake_run, label_run
 
 DIGITS = digits()
 TINY = dict(arch='squeezenet1_1', epochs=1, bs=8, progress=False)
 TINY_ARGS = '--arch squeezenet1_1 --size 32 --bs 8 --epochs 1 --seeds 1'.split()
 
 def few(n=40, **kwargs): return ImageSet(DIGITS.images[:n], DIGITS.classes[:n], DIGITS.vocab, **kwargs)
+
+def two_on_each(n=40, **kwargs):
+    "Images with the labels of two digits, of which the second is beside the first"
+    images = [np.concatenate([DIGITS.images[i], DIGITS.images[i+n]], 1) for i in range(n)]
+    return ImageSet(images, np.array([[k in DIGITS.classes[[i, i+n]] for k in range(10)] for i in range(n)], np.uint8), DIGITS.vocab, **kwargs)
+
+def labelled_photos(path, n=40):
+    "Images, and a CSV file of their labels"
+    data, path = two_on_each(n), Path(path)
+    path.mkdir(parents=True)
+    for i, o in enumerate(data.images): Image.fromarray(o).save(path/f'{i}.png')
+    rows = [f'{i}.png,' + ' '.join(f'digit{data.vocab[k]}' for k in np.flatnonzero(o)) for i, o in enumerate(data.classes)]
+    (path/'labels.csv').write_text('\n'.join(['file,tags', *rows]))
+    return path
 
 def photo_folder(path, n=20):
     for i in range(n):
@@ -46,10 +64,11 @@ def fake(monkeypatch):
     def one_run(data, eps, seed, prior=None, **kwargs):
         runs.append((data, Method(eps, prior), seed, kwargs))
         runs.before(Method(eps, prior), seed)
-        return fake_run(Method(eps, prior), seed)
+        return (label_run if data.multi else fake_run)(Method(eps, prior), seed)
     monkeypatch.setattr(cmp, 'one_run', one_run)
     monkeypatch.setattr(cmp, '_learner', lambda dls, *args: Learner(dls, nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), loss_func=CrossEntropyLossFlat()))
     monkeypatch.setattr('fastai_smooth.labels.digits', lambda: few(400))
+    monkeypatch.setattr('fastai_smooth.labels.pairs', lambda: two_on_each(160))
     monkeypatch.setattr(Figure, 'savefig', lambda self, f, **kwargs: Path(f).write_bytes(b'a picture'))
     return runs
 
@@ -176,8 +195,9 @@ def test_options_arrive(fake, tmp_path):
     compare(eps=[.2, 'online'], seeds=1, epochs=2, out=tmp_path/'python')
     assert fake[-2][1] == Method(.2) and fake[-1][1:] == (Method(.5, 'online'), 0, dict(noise=0., epochs=2, arch='resnet18', pretrained=False, bs=64, size=24, lr=3e-3, augment=False, workers=0, progress=False))
 
-def test_online_smoothing_is_uniform_in_its_first_epoch():
-    uniform, online = (one_run(few(), .5, 0, prior=prior, size=32, **TINY)['probs'] for prior in (None, 'online'))
+@pytest.mark.parametrize('data, eps', [(few, .5), (two_on_each, .25)])
+def test_online_smoothing_is_uniform_in_its_first_epoch(data, eps):
+    uniform, online = (one_run(data(), eps, 0, prior=prior, size=32, **TINY)['probs'] for prior in (None, 'online'))
     assert torch.allclose(uniform, online, atol=1e-5)
 
 @pytest.mark.parametrize('args, told', [('--epochs 1', 1), ('--epochs 2', 0), ('--epochs 1 --eps 0 .1', 0), ('--epochs 1 --eps online:.7', 1)])
@@ -232,6 +252,99 @@ def test_out_among_the_images(photos, fake, monkeypatch, capsys):
     out = str(Path('..', 'fastai_smooth_out'))
     assert refused(capsys, '--data', '.').endswith(f'such as --out {out}\n') and 'lies in' in refused(capsys, '--data', photos, '--out', photos/'o')
     assert run('--data', '.', '--out', out) == 0 and Path(out, 'results.csv').exists()
+
+# --- several labels
+
+def test_a_learner_of_several_labels():
+    "fastai finds the loss; smoothing is what `to_smooth` does to it"
+    dls = get_dls(two_on_each(), seed=0, bs=8)
+    hard, smoothed = (cmp._learner(dls, o, 'squeezenet1_1', False) for o in (Method((0., 0.)), Method(.1)))
+    assert type(hard.loss_func) is BCEWithLogitsLossFlat and hard.metrics[0].func is accuracy_multi and not hard._grab_cbs(MultiLabelSmoothingCallback)
+    assert first(smoothed._grab_cbs(MultiLabelSmoothingCallback)).eps == .1
+
+def test_a_run_of_several_labels():
+    "Validated on the clean labels of the split, with the names of all"
+    data = two_on_each()
+    res = one_run(data, .05, 3, noise=.2, size=32, **TINY)
+    assert res['vocab'] == data.vocab and res['images'].tolist() == np.flatnonzero(split_valid(data.classes, 3)).tolist()
+    assert res['targs'].tolist() == data.classes[res['images']].tolist() and res['probs'].shape == res['targs'].shape and 0 < res['average_precision'] < 1
+    hard = one_run(data, (0., 0.), 3, noise=.2, size=32, **TINY)
+    assert hard['method'] == Method((0., 0.)) and (hard['probs'] == one_run(data, 0., 3, noise=.2, size=32, **TINY)['probs']).all() and hard['nll'] != res['nll']
+
+@pytest.mark.parametrize('eps, methods', [
+    ([], [Method(), Method(.05), Method(.25, 'online')]), (['0', '0.1,0', 'online:.4'], [Method(), Method((.1, 0.)), Method(.4, 'online')]),
+    (['0,0', '.2,.2', '0,1', '.5'], [Method(), Method(.2), Method((0., 1.)), Method(.5)])])
+def test_eps_of_several_labels(fake, tmp_path, eps, methods):
+    assert run('--data', 'pairs', *(['--eps', *eps] if eps else []), '--seeds', 2, '--out', tmp_path) == 0
+    assert [o[1:3] for o in fake] == [(m, seed) for seed in range(2) for m in methods] and torch.get_num_threads() == 1
+    assert fake[0][3]['size'] == 24 and fake[0][0].multi
+
+def test_eps_from_python(fake, tmp_path):
+    compare('pairs', eps=[0, (.1, 0.), 'online', Method(.2)], seeds=1, out=tmp_path/'a')
+    assert [o[1] for o in fake] == [Method(), Method((.1, 0.)), Method(.25, 'online'), Method(.2)]
+    compare(eps=None, seeds=1, out=tmp_path/'b')
+    assert [o[1] for o in fake[4:]] == [Method(), Method(.1), Method(.5, 'online')]
+
+@pytest.mark.parametrize('args, words', [
+    ('--eps 0 0.1,0', '--eps 0.1,0: several labels one class'), ('--data pairs --eps 0.51', '--eps 0.51: 0.5'), ('--data pairs --eps online:0.7', '--eps online:0.7: 0.5'),
+    ('--data pairs --eps .1,0 0.1,0.0', 'eps twice'), ('--data pairs --eps 0 0,0', 'eps twice'), ('--data pairs --eps online online:.25', 'eps twice'),
+    *((f'--data pairs --eps {o}', f'{o} is not a number in [0, 1], two such as 0.1,0') for o in ('0.6,0.5', '0.1,0,0', '0.1,', '1.5', '.2,-0.1', 'nan', '0,nan', 'inf', 'online:0', 'online:.1,0', 'uniform', ','))])
+def test_eps_that_is_no_good(args, words, tmp_path, fake, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    err = refused(capsys, *args.split())
+    assert all(w in err for w in words.split()) and not fake and not [*tmp_path.iterdir()], err
+
+def test_what_is_said_of_several_labels(fake, tmp_path, capsys):
+    "A line a run, the answer, the table and what its columns are; a row a label in results.csv, which is known as this program's"
+    for file in 'results.csv', 'results-2.csv':
+        assert run('--data', 'pairs', '--eps', 0, '0.1,0', '--seeds', 2, '--out', tmp_path) == 0
+        out = capsys.readouterr().out
+        res = pd.read_csv(tmp_path/file)
+        assert re.search(r'^\d+ training and \d+ validation images with 10 labels$', out, re.M) and len(res) == 4*5 and res.eps.astype(str).unique().tolist() == ['0.0', '0.1,0']
+        for seed in range(2):
+            row = res[(res.seed == seed) & (res.label == '(all)')].iloc[1]
+            assert f'Run {2*seed+2} of 4: one-sided 0.1,0, seed {seed}\nmean average precision {row.average_precision:.4f}, nll {row.nll:.4f}\n' in out
+        assert said(res, out) and 'mean average precision' in out[:out.index(table(res).to_string(index=False))]
+        text = ' '.join(out.split())
+        assert 'Accuracy over labels: the share' in text and 'results.csv has each label' in text and 'surest half' not in text
+
+def test_no_validation_image_with_a_label(fake, monkeypatch, tmp_path, capsys):
+    data = two_on_each(160, is_valid=np.arange(160) >= 120)
+    data.classes[120:] = 0
+    monkeypatch.setattr('fastai_smooth.labels.pairs', lambda: data)
+    assert 'no validation image has a label' in refused(capsys, '--data', 'pairs', '--out', tmp_path/'o') and not fake and not [*tmp_path.iterdir()]
+
+def test_options_of_a_table_arrive(fake, tmp_path, monkeypatch, capsys):
+    "With one class each, labels are classes: eps is as for these"
+    photos = labelled_photos(tmp_path/'photos')
+    (photos/'l.csv').write_text('\n'.join(['set;what;image', *(f'{"valid" if i > 25 else "train"};{"a|b" if i % 3 else "b|c c"};{i}' for i in range(40))]))
+    table = '--label-delim | --fn-col image --label-col what --valid-col set'.split()
+    assert run('--data', photos, '--labels', 'l.csv', *table, '--seeds', 1, '--out', tmp_path/'o') == 0 and fake[0][0].vocab == ['a', 'b', 'c c']
+    assert fake[0][0].is_valid.sum() == 14 and fake[1][1] == Method(.05) and fake[0][3]['size'] == 128 and fake[0][3]['bs'] == 26
+    assert run('--data', photos, '--labels', 'l.csv', '--label-delim', '', *table[2:], '--seeds', 1, '--out', tmp_path/'o') == 0 and fake[3][0].vocab == ['a|b', 'b|c c']
+    assert fake[4][1] == Method(.1) and not fake[3][0].multi
+    for option in table[::2]: assert f'{option}: goes with --labels' in refused(capsys, option, 'x', '--out', tmp_path/'o')
+
+def test_eps_of_several_labels_is_chosen_on_training_images(monkeypatch, fake, tmp_path, capsys):
+    "With a fifth of them held out; then it is compared with none"
+    monkeypatch.undo()
+    seen, make, data = [], cmp.get_dls, two_on_each(100)
+    monkeypatch.setattr(cmp, 'get_dls', lambda data, seed, **kwargs: seen.append(data) or make(data, seed, **kwargs))
+    found = cmp._choose_eps(data, noise=.1, size=32, pretrained=False, lr=3e-3, **TINY)
+    train, (pilot,) = np.flatnonzero(~split_valid(data.classes, 0)), seen
+    assert len(pilot.images) == len(train) and pilot.classes.tolist() == flip_labels(data.classes, .1, 10, 0)[train].tolist() and 0 < found.eps <= .2
+    assert cmp._with_auto(['auto'], data, dict(noise=.1, size=32, pretrained=False, lr=3e-3, **TINY)) == [Method(), Method(round(found.eps, 3))]
+
+def test_several_labels_from_end_to_end(tmp_path, capsys):
+    "The same again, to the bit"
+    photos = labelled_photos(tmp_path/'photos')
+    args = ['--data', photos, '--labels', 'labels.csv', *TINY_ARGS, '--eps', 0, '0.1,0', 'online', '--epochs', 2, '--seeds', 2]
+    for out in 'a', 'b': assert run(*args, '--out', tmp_path/out) == 0
+    out, res = capsys.readouterr().out, pd.read_csv(tmp_path/'a'/'results.csv')
+    assert (tmp_path/'a'/'results.csv').read_text() == (tmp_path/'b'/'results.csv').read_text() and min(Image.open(tmp_path/'a'/'reliability.png').size) > 500
+    labels = res.label[1:].tolist()[:res.label[1:].tolist().index('(all)')]
+    assert labels == [f'digit{i}' for i in range(10)] and len(res) == 6*11 and res.groupby('method', sort=False).ngroups == 3 and res[res.label == '(all)'].notna().all(axis=None)
+    assert said(res, out) and 'nan' not in out and not {'\r', '█'} & set(out) and res[res.label == '(all)'].nll.nunique() == 6
 
 # --- what is finished is kept, and nothing else is touched
 
