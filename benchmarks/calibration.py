@@ -228,11 +228,11 @@ def sources(root):
     return data, skipped
 
 
-def save(out):
-    here, rows = Path(__file__), ',\n'.join('  ' + json.dumps(o) for o in out['rows']) # a line a row
+def save(here, out, text):
+    rows = ',\n'.join('  ' + json.dumps(o) for o in out['rows']) # a line a row
     head = json.dumps({k: v for k, v in out.items() if k != 'rows'}, indent=1)
     here.with_suffix('.json').write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
-    here.with_suffix('.md').write_text(markdown(out))
+    here.with_suffix('.md').write_text(text)
 
 
 def main():
@@ -252,7 +252,7 @@ def main():
     command = shlex.join(['python', 'benchmarks/calibration.py', '--fashion', 'DIR', '--seeds', str(seeds)])
     out = dict(machine=machine('cpu'), command=command, skipped=skipped, rows=rows)
     if args.quick: print(markdown(out))
-    else: save(out)
+    else: save(Path(__file__), out, markdown(out))
 
 
 if __name__ == '__main__': main()

@@ -219,7 +219,8 @@ def test_the_kernel_trains_as_the_loss_does(name, smoothing, cbs, monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.bool, torch.int64, torch.float64])
 def test_the_kernel_takes_labels_as_they_are(dtype, monkeypatch):
     seen = fused_calls(monkeypatch)
-    same_training(ours(dls=multi_dls(dtype=dtype)), reference(dls=multi_dls(dtype=torch.float32)))
+    x, y = map(torch.stack, zip(*multi_dls(dtype=dtype).train.dataset, *multi_dls(dtype=dtype).valid.dataset))
+    same_training(ours(dls=tensor_dls(x, y.as_subclass(TensorMultiCategory))).remove_cb(CastToTensor), reference(dls=multi_dls(dtype=torch.float32)))
     assert {o.dtype for o in seen} == {dtype} and {type(o) for o in seen} == {Tensor}
 
 @pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
@@ -379,6 +380,19 @@ def test_the_callback_and_a_trained_learner_pickle(way):
     cb, learn = way(MultiLabelSmoothingCallback(EPS, PRIOR)), fit_seeded(ours(prior=PRIOR), 1)
     same_training(hard(cbs=[cb]), reference(u=PRIOR))
     same_training(way(learn), reference(u=PRIOR, model=deepcopy(learn.model)), 1)
+
+def test_events_that_are_added_to_it_are_called():
+    "To the object or by a subclass; and it can be turned off for a fit"
+    class Mine(MultiLabelSmoothingCallback):
+        def after_batch(self): called.append('subclass')
+    called, learn = [], hard(cbs=[Mine(EPS)])
+    learn.mine.before_step = lambda: called.append('object')
+    learn.fit(1)
+    assert called[:4] == ['object', 'subclass']*2
+    off = ours()
+    off.multi_label_smoothing.run = False
+    same_training(off, hard())
+    assert off.multi_label_smoothing.run
 
 # ---------------------------------------------------------------- a schedule for eps
 

@@ -128,11 +128,11 @@ PAIR = .1, 0.
 def test_pairs_are_compared_too():
     "by the NLL of pilots that were trained with them"
     learn = trainable(True)
-    found = quietly(find, learn, 5, share=1., full=True, epss=[PAIR, .3, (.025, .025), .05, 0])
-    assert found.scores.eps.tolist() == [0., .025, .05, PAIR, .3]
+    found = quietly(find, learn, 5, share=1., full=True, epss=[PAIR, .3, (.025, .025), .05, (0., .3), 0])
+    assert found.scores.eps.tolist() == [0., .025, .05, PAIR, (0., .3), .3]
     preds = [by_hand(learn, 5, eps) for eps in found.scores.eps]
     near(found.scores.nll, [F.binary_cross_entropy_with_logits(cross_fitted(z.double(), y), y.double()) for z, y in preds], 1e-5)
-    own = quietly(find, trainable(True, LabelSmoothingBCEWithLogitsFlat(.2)), 5, share=1., full=True, epss=[PAIR, .3, .025, .05])
+    own = quietly(find, trainable(True, LabelSmoothingBCEWithLogitsFlat(.2)), 5, share=1., full=True, epss=[PAIR, (0., .3), .3, .025, .05])
     near(own.scores.nll, found.scores.nll, 1e-5)
 
 def test_the_smallest_pair():
