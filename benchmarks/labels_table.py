@@ -9,6 +9,7 @@ MEASURES = dict(mAP=('mAP', 1, True), accuracy=('accuracy', 1, True), f1=('F1', 
                 nll=('NLL', 3, False), t_nll=('NLL T', 3, False), ab_nll=('NLL a, b', 3, False), ece=('ECE', 3, False),
                 t_ece=('ECE T', 3, False), aurc=('AURC', 1, False), ab_aurc=('AURC a, b', 1, False), predicted=('predicted', 3, None),
                 rare=('rare', 3, None))
+SHOWN = 'mAP', 'accuracy', 'f1', 'best_f1', 'nll', 't_nll', 'ab_nll', 'ece', 'aurc', 'rare' # in the table of a case
 JUDGED = 'mAP', 'f1', 'best_f1', 'nll', 't_nll', 'ab_nll', 'aurc', 'ab_aurc'
 GROUPS = {'clean': lambda c: c[1] == 'clean', 'missing positives': lambda c: 'missing' in c[1] or 'positive' in c[1],
           'flipped': lambda c: 'flipped' in c[1], 'all labels': lambda c: True}
@@ -54,10 +55,10 @@ def cell(by, method, measure, base='hard'):
 
 def method_table(by):
     "Hard labels as they are, the others by their change from them; and what was there to predict"
-    def line(m): return [m, *[short(mean_of(by, m, k), d) if m == 'hard' else cell(by, m, k) for k, (_, d, _) in MEASURES.items()]]
+    def line(m): return [m, *[short(mean_of(by, m, k), MEASURES[k][1]) if m == 'hard' else cell(by, m, k) for k in SHOWN]]
     body = [line(m) for m in next(iter(by.values()))]
     share, rare = (short(mean_of(by, 'hard', o), 3) for o in ('share', 'rare_share'))
-    return f'Share of positives {share}, of those of the rare labels {rare}.\n\n' + table(['', *[o[0] for o in MEASURES.values()]], body)
+    return f'Share of positives {share}, of those of the rare labels {rare}.\n\n' + table(['', *[MEASURES[k][0] for k in SHOWN]], body)
 
 
 def clear_table(by):
