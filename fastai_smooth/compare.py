@@ -230,7 +230,7 @@ def _say_if_uniform(methods, epochs, pretrained, **kwargs):
 def _compare(data, methods, seeds, out, options):
     _check_training(data, **options)
     valid,auto = data.validation(0),'auto' in methods
-    if data.multi and not data.classes[valid].any(): raise BadInput('no validation image has a label: there is nothing to find in them')
+    if data.multi and not data.classes[valid].any(): raise BadInput('no validation image has a label; give another split by --valid-col')
     if auto: data = ImageSet(data.images, data.classes, data.vocab, valid) # one split for all seeds: the pilot must not see what is scored
     with _new_results(out) as file:
         of = 'with {} labels' if data.multi else 'of {} classes'
@@ -249,11 +249,11 @@ def compare(
     # digits (scikit-learn's, nothing to download), pairs (two of them on an image: several labels), fashion, or a folder with one
     # subfolder a class, or with train and valid (or test), each with one subfolder a class; or, with --labels, of images
     data:str='digits',
-    labels:str=None, # A CSV file that gives the images in --data several labels each, or one
-    label_delim:str=None, # With --labels: what separates labels in a cell (default: what the cells show; '' for nothing)
+    labels:str=None, # A CSV file with a column of files in --data and one of their labels, in a cell several or one
+    label_delim:str=None, # With --labels: what separates labels in a cell (default: ; | , tab or space, as the cells show; '' for nothing)
     fn_col:str=None, # With --labels: name or number of the column of files (default: the first)
-    label_col:str=None, # With --labels: and of labels (default: the next)
-    valid_col:str=None, # With --labels: and of what is for validation (default: is_valid if there is one, else a seed decides)
+    label_col:str=None, # With --labels: name or number of the column of labels (default: the next)
+    valid_col:str=None, # With --labels: the column of what is for validation (default: is_valid if there is one, else a seed decides)
     root:str=None, # With --data fashion: where FashionMNIST is
     download:bool=False, # With --data fashion: download it to --root if it is not there
     # What to compare: 0 is no smoothing, another number uniform smoothing with that eps, online is online label smoothing (uniform in its

@@ -36,7 +36,8 @@ def _column(names, given, option, file):
 
 def _pick(names, fn_col, label_col, valid_col, file):
     "Numbers of the columns of files, of labels, and of what is for validation (None if there is none), and what to say of them"
-    fn = 0 if fn_col is None else _column(names, fn_col, 'fn-col', file)
+    if fn_col is None: fn = next(i for i,o in enumerate(names) if o) # pandas writes its index to a column without a name
+    else: fn = _column(names, fn_col, 'fn-col', file)
     if valid_col is None: valid = names.index('is_valid') if 'is_valid' in names else None
     else: valid = _column(names, valid_col, 'valid-col', file)
     if label_col is None: label = next((i for i in range(fn+1, len(names)) if i != valid), None)
@@ -49,7 +50,15 @@ def _pick(names, fn_col, label_col, valid_col, file):
     return fn,label,valid
 
 # %% ../nbs/19_labels.ipynb #lb000013
-_SPLIT = {o:i < 6 for i,o in enumerate('true 1 1.0 valid validation val false 0 0.0 train training'.split())} # True for validation
+_SPLIT = {**dict.fromkeys(('true','1','1.0','valid','validation','val'), True), # for validation
+          **dict.fromkeys(('false','0','0.0','train','training'), False)}
+
+def _check_one_hot(df, names, label, others, file):
+    "`BadInput` if the column of labels, and at least one of the `others`, say yes or no instead of which"
+    yes_no = [names[i] for i in (label, *others) if {*df[i].str.lower()} <= {'true','1','1.0','false','0','0.0'}]
+    if len(yes_no) > 1 and yes_no[0] == names[label]:
+        raise BadInput(f'--labels {file}: columns of 0 and 1: {first_few(yes_no)}: one column a label is not read here; write the names of '
+                       f'the labels that an image has into one column, or name one with --label-col, such as --label-col {names[label]}')
 
 def _rows(path, labels, find, columns):
     "The CSV file, and a DataFrame of it: file, cell (of labels) and, if there is such a column, is_valid. `columns` are those given"
@@ -61,12 +70,14 @@ def _rows(path, labels, find, columns):
         names = [*map(str, range(len(first)))]
     else: names,df = first,df.iloc[1:]
     fn,label,valid = _pick(names, *columns, file)
+    if columns[1] is None: _check_one_hot(df, names, label, [i for i in range(len(names)) if i not in (fn, label, valid)], file)
     res = pd.DataFrame(dict(file=df[fn], cell=df[label]))
     for i in df.index[res.file == '']: raise BadInput(f'--labels {file}: no file in row {i+1}')
     if valid is None: return file,res
     res['is_valid'] = df[valid].str.lower().map(_SPLIT)
     for o in df[valid][res.is_valid.isna()]:
-        raise BadInput(f'--labels {file}: {o!r} in {names[valid]} is not True or False (nor 1 or 0, nor valid or train)')
+        raise BadInput(f'--labels {file}: {o!r} in {names[valid]} is not True or False (nor 1 or 0, nor valid or train); '
+                       'mend it, or remove its row')
     return file,res
 
 # %% ../nbs/19_labels.ipynb #lb000015
@@ -79,10 +90,12 @@ def _finder(path):
     def find(name): return [path/name] if os.path.isfile(path/name) else sorted(by_stem((path/name).parent).get((path/name).name, []))
     return find
 
-def _remedy(path, name, file):
-    "What to give where no file is found, if the images are in a folder deeper down"
+def _remedy(path, name, find, file):
+    "What to give where no file is found, not even that of this `name`"
+    if find(name.replace('\\', '/')): return 'write / between folders, not \\'
     inside = next((o for o,_,files in os.walk(path) if {f for f in files if name in (f, Path(f).stem)}), None)
-    return f'; give --data {inside} --labels {file}, there is {name}' if inside else ''
+    if inside: return f'give --data {inside} --labels {file}, there is {name}'
+    return 'give the folder they are in as --data, or their column as --fn-col'
 
 def _images(path, names, find, file):
     "Paths of the files that `names` name"
@@ -91,8 +104,10 @@ def _images(path, names, find, file):
         if len(files) > 1: raise BadInput(f'--labels {file}: {name} may be {" or ".join(o.name for o in files)}; write its suffix, too')
     missing = [o for o,files in found.items() if not files]
     for o in missing: print(f'Missing: {path/o}', flush=True)
-    if missing: raise BadInput(f'--labels {file}: {len(missing)} of {len(found)} files are missing in --data {path}: {first_few(missing)}'
-                               + (_remedy(path, missing[0], file) if len(missing) == len(found) else ''))
+    if missing:
+        remedy = _remedy(path, missing[0], find, file) if len(missing) == len(found) else 'add them, or remove their rows'
+        raise BadInput(f'--labels {file}: {len(missing)} of {len(found)} files are missing in --data {path}: '
+                       f'{first_few(missing)}; {remedy}')
     return [found[o][0] for o in names]
 
 # %% ../nbs/19_labels.ipynb #lb000017

@@ -7,6 +7,7 @@ __all__ = ['answer', 'limits', 'plot_reliability']
 
 # %% ../nbs/21_report.ipynb #rprtimp0
 from collections import Counter
+from textwrap import fill
 from typing import NamedTuple
 from fastai.basics import *
 from matplotlib import colormaps
@@ -15,7 +16,7 @@ from .measures import *
 from .intervals import *
 from .interpret import draw_reliability
 from .scores import *
-from .scores import confidence_gap, decided, images_of, of_labels, precision_rows
+from .scores import confidence_gap, decided, images_of, of_labels, precision_rows, rare_errors
 
 # %% ../nbs/21_report.ipynb #scrshdl1
 class Headline(NamedTuple):
@@ -24,12 +25,16 @@ class Headline(NamedTuple):
     name:str # In words
     better:str # What the better one of two is
     rows:Callable # Of a run, (n,) numbers whose mean it is
+    errors:Callable # Of runs, standard errors of that mean which rows don't show
     chance:Callable # Of runs, what a model has that has learnt nothing
     guess:str # Which is said so, with that number
     most:float # A model has learnt whose distance from 1 is at most this share of that one's
 
-    def level(self, runs): return estimate([self.rows(r) for r in runs], images_of(runs), (0,1))
-    def change(self, pairs): return estimate([self.rows(a)-self.rows(b) for a,b in pairs], images_of(a for a,_ in pairs), (-1,1))
+    def level(self, runs): return estimate([self.rows(r) for r in runs], images_of(runs), (0,1), self.errors(runs))
+    def change(self, pairs):
+        after,before = zip(*pairs)
+        rows = [self.rows(a)-self.rows(b) for a,b in pairs]
+        return estimate(rows, images_of(after), (-1,1), torch.cat([self.errors(after),self.errors(before)]))
 
 # %% ../nbs/21_report.ipynb #scrshdl2
 def _most_frequent(runs):
@@ -45,10 +50,12 @@ def _random_ranking(runs):
     return np.mean([of(r['targs']) for r in runs])
 
 HEADLINES = dict(
-    classes=Headline('accuracy', 'accuracy', 'was more accurate', lambda run: decided(run)[1], _most_frequent,
-                     'always naming the most frequent class would be right for {:.1%} of them', .75),
-    labels=Headline('average_precision', 'mean average precision', 'had a higher mean average precision', precision_rows, _random_ranking,
-                    'a random ranking would have a mean average precision of {:.1%}', 1.))
+    classes=Headline(key='accuracy', name='accuracy', better='was more accurate', rows=lambda run: decided(run)[1],
+                     errors=lambda runs: tensor([]), chance=_most_frequent,
+                     guess='always naming the most frequent class would be right for {:.1%} of them', most=.75),
+    labels=Headline(key='average_precision', name='mean average precision', better='had a higher mean average precision',
+                    rows=precision_rows, errors=rare_errors, chance=_random_ranking,
+                    guess='a random ranking would have a mean average precision of {:.1%}', most=1.))
 
 def headline(runs): return HEADLINES['labels' if of_labels(runs[0]) else 'classes']
 
@@ -230,11 +237,14 @@ def _plot_labels(runs, n_bins):
         if i >= len(ks):
             for ax in (top, low): ax.remove()
             continue
-        k,title = ks[i],'{}\nECE {:.1%} to {:.1%}'.format(runs[0]['vocab'][ks[i]], *eces[:,ks[i]].aminmax())
-        for name,some,color in _curves(runs):
+        k = ks[i]
+        low_ece,high_ece = (f'{o:.1%}' for o in eces[:,k].aminmax())
+        name = fill(runs[0]['vocab'][k], 30, max_lines=2, placeholder=' ...').replace('$', r'\$') # no formula
+        title = f'{name}\nECE {low_ece}' + f' to {high_ece}'*(low_ece != high_ece)
+        for method,some,color in _curves(runs):
             probs,targs,images = _pool(some, 'probs', 'targs', 'images')
             draw_reliability(top, probs[:,k], targs[:,k], n_bins, min_n=20, title=title, words=('too low','too high'), groups=images,
-                             counts_ax=low, color=color, label=name)
+                             counts_ax=low, color=color, label=method)
         if i%cols == 0: top.set_ylabel('share that has the label'), low.set_ylabel('share of\nimages')
     axes[0,0].lines[0].set_label('probability = share') # the diagonal
     few = f'the {len(ks)} of {eces.shape[1]} labels with the largest ECE' if len(ks) < eces.shape[1] else 'labels by ECE'

@@ -52,13 +52,14 @@ def estimate(
     rows:list, # A tensor (n,) a seed of what the mean is taken of, such as 1 for a right answer and 0 for a wrong one
     images:list, # Likewise the numbers of their images
     unseen:tuple, # What two more images might have shown
+    errors:Tensor=None, # Standard errors that images have which rows don't show (None: none)
 ) -> Estimate:
     "The mean over images and seeds. Its margin is 1.96 times the larger of two standard errors, over images and over seeds."
     x,group = torch.cat(rows),torch.cat(images).unique(return_inverse=True)[1]
     mean,n,n_images = x.mean(),len(x),int(group.max())+1
     of_image = torch.zeros(n_images, dtype=x.dtype).index_add(0, group, x-mean)
     more = n/n_images * (x.new_tensor(unseen)-mean) # with as many seeds as the others have
-    over_images = torch.cat([of_image,more]).norm()/n
+    over_images = torch.cat([of_image, more, n*ifnone(errors, x.new_empty(0))]).norm()/n
     over_seeds = torch.stack([o.mean() for o in rows]).std()/math.sqrt(len(rows)) if len(rows) > 1 else over_images
     return Estimate(mean.item(), 1.96*max(over_images, over_seeds).item())
 
@@ -83,6 +84,16 @@ def precision_rows(run):
     weights = torch.ones(len(probs), dtype=torch.double, requires_grad=True)
     with torch.enable_grad(): value = average_precision(probs, targs, weights).mean()
     return value.detach() + len(probs)*torch.autograd.grad(value, weights)[0]
+
+_FEW = 10 # Images with a label; of so many, rows show nine tenths of its variance or more
+
+def rare_errors(runs):
+    "Standard errors of mean average precision that its rows don't show (m,): of each label that few images have, by the formula above"
+    targs,images = (torch.cat([r[o] for r in runs]) for o in ('targs','images'))
+    positives = tensor([len(images[o > 0].unique()) for o in targs.T])
+    value = torch.stack([average_precision(r['probs'], r['targs']) for r in runs]).nanmean(0).clamp(max=1)
+    error = (value*(1-value)).sqrt() / (positives*(positives > 0).sum())
+    return error[(positives > 0) & (positives < _FEW)]
 
 # %% ../nbs/20_scores.ipynb #rprtgap0
 def of_labels(run): return run['targs'].ndim > 1
@@ -112,7 +123,7 @@ def _measured(res, measures):
 
 def _of_labels(res):
     "Mean average precision; and of each label all measures, and its `positives`, the share of images that have it"
-    value,margin = estimate([precision_rows(res)], [res['images']], (0,1))
+    value,margin = estimate([precision_rows(res)], [res['images']], (0,1), rare_errors([res]))
     by_label = dict(positives=res['targs'].double().mean(0), average_precision=average_precision(res['probs'], res['targs']))
     by_label |= {name: f(res[of], res['targs'], average=None).reshape(-1) for name,(f,of) in LABEL_MEASURES.items()}
     return dict(**_with_interval('average_precision', value, max(0., value-margin), min(1., value+margin)),

@@ -312,7 +312,7 @@ def test_no_validation_image_with_a_label(fake, monkeypatch, tmp_path, capsys):
     data = two_on_each(160, is_valid=np.arange(160) >= 120)
     data.classes[120:] = 0
     monkeypatch.setattr('fastai_smooth.labels.pairs', lambda: data)
-    assert 'no validation image has a label' in refused(capsys, '--data', 'pairs', '--out', tmp_path/'o') and not fake and not [*tmp_path.iterdir()]
+    assert 'no validation image has a label; give another split by --valid-col' in refused(capsys, '--data', 'pairs', '--out', tmp_path/'o') and not fake and not [*tmp_path.iterdir()]
 
 def test_options_of_a_table_arrive(fake, tmp_path, monkeypatch, capsys):
     "With one class each, labels are classes: eps is as for these"

@@ -51,7 +51,7 @@ PLAIN = 'file,labels\na.jpg,cat dog\nb.jpg,dog cat\nc.png,dog\nd.png,dog\n'
     (PLAIN.replace('.jpg', '').replace('.png', ''), {}), (PLAIN.replace('a.jpg', './a.jpg').replace('b.', 'sub/../b.'), {}), (PLAIN.replace('c.png', '{path}/c.png'), {}),
     (PLAIN[12:], {}), (PLAIN[12:].replace('.jpg', ''), {}), (PLAIN.replace('cat dog', 'cat').replace('d.png', 'a.jpg,dog\nd.png'), {}),
     (PLAIN.replace('c.png', 'c.png,dog\nc'), {}), (PLAIN.replace('\n', ',more\n'), {}),
-    (',file,labels\n' + '\n'.join(f'{i},{f},{o}' for i, (f, o) in enumerate(ROWS)), dict(fn_col='file')),
+    (',file,labels\n' + '\n'.join(f'{i},{f},{o}' for i, (f, o) in enumerate(ROWS)), dict(fn_col='file')), (',file,labels\n' + '\n'.join(f'{i},{f},{o}' for i, (f, o) in enumerate(ROWS)), {}),
     ('\n'.join(f'{i},{o},{f}' for i, (f, o) in enumerate(ROWS)), dict(fn_col=2, label_col=1)),
     ('id,tags,1\n' + '\n'.join(f'{i},{o},{f}' for i, (f, o) in enumerate(ROWS)), dict(fn_col='1', label_col='tags')),
     ('a.jpg,labels\n' + '\n'.join(f'{f},{o}' for f, o in ROWS), dict(label_col='labels'))])
@@ -117,7 +117,7 @@ def test_the_file_is_found_as_given_or_in_the_folder(tmp_path, monkeypatch):
     ('file\na.jpg\n', {}, 'two columns'), ('file,labels\n', {}, 'one row only'), (PLAIN.replace(' ', ','), {}, "no table|quotes|','|line 2, saw 3"), (PLAIN + '"', {}, 'no table'),
     (PLAIN, dict(fn_col='name'), '--fn-col name|file, labels'), (PLAIN, dict(label_col='2'), '--label-col 2|file, labels'), (PLAIN, dict(valid_col=-1), '--valid-col -1'),
     (PLAIN[12:], dict(label_col='labels'), '--label-col labels|has 0, 1'), (PLAIN, dict(fn_col=1), 'no column of labels after labels|--label-col'), (PLAIN, dict(label_col=0), 'one column'),
-    (PLAIN, dict(valid_col='labels', label_col='labels'), 'one column'), (PLAIN + ',dog\n', {}, 'no file in row 6'), (PLAIN.replace('\n', ',maybe\n'), dict(valid_col=2), "'maybe'|True"),
+    (PLAIN, dict(valid_col='labels', label_col='labels'), 'one column'), (PLAIN + ',dog\n', {}, 'no file in row 6'), (PLAIN.replace('\n', ',maybe\n'), dict(valid_col=2), "'maybe'|True|remove its row"),
     ('file,labels,is_valid\na.jpg,cat,True\nb.jpg,dog,\n', {}, "''|is_valid"), ('file,labels,is_valid\na.jpg,x,1\nb.jpg,y z,0\na,y,0\nc,x,0\nd,z,1\n', {}, 'a.jpg|training in one'),
     (PLAIN + 'e.jpg,dog\n', {}, '1 of 5|e.jpg'), (PLAIN.replace('a.jpg', 'sub\\\\a.jpg'), {}, 'missing'), (PLAIN.replace('a.jpg', 'x'*5000), {}, 'missing'), (PLAIN.replace('a.jpg', 'x\0'), {}, 'missing'),
     (PLAIN.replace('a.jpg', 'no/a.jpg'), {}, 'no/a.jpg'), ('file,labels\na,x\nb,x\nc,\nd,\n', {}, 'labels: x; two'), ('file,labels\na,\nb,\nc,\nd,\n', {}, 'labels: none; two'),
@@ -137,6 +137,31 @@ def test_every_missing_file_is_named(tmp_path, capsys):
     write(folder(tmp_path), PLAIN + ''.join(f'{o},cat\n' for o in names))
     refused(tmp_path, '20 of 24 files are missing', '00.jpg, 01.jpg, 02.jpg, 03.jpg, 04.jpg, ...')
     assert [o[len('Missing: '):] for o in capsys.readouterr().out.splitlines() if 'Missing' in o] == [str(tmp_path/o) for o in names]
+
+@pytest.mark.skipif(os.name == 'nt', reason='there \\ is what separates folders')
+@pytest.mark.parametrize('suffix', ['.jpg', ''])
+def test_what_to_do_about_missing_files(tmp_path, suffix):
+    names = 'sub/a.jpg sub/b.jpg'
+    write(folder(tmp_path, names), f'f,l\nsub\\a{suffix},x y\nsub\\b{suffix},x\n')
+    refused(tmp_path, 'write / between folders, not \\')
+    write(tmp_path, 'f,l\nsub/a,x y\nsub/c,x\n')
+    refused(tmp_path, '1 of 2', 'add them, or remove their rows')
+    write(tmp_path, 'f,l\nc,x y\nd,x\n')
+    refused(tmp_path, '2 of 2', 'give the folder they are in as --data, or their column as --fn-col')
+
+@pytest.mark.parametrize('no, yes', [('0', '1'), ('False', 'True'), ('0.0', '1.0')])
+def test_a_column_a_label_is_not_read(tmp_path, capsys, no, yes):
+    "Nor is one of the columns taken for all; a number of stars beside the label is no such thing"
+    rows = [('a', yes, no), ('b', no, yes), ('c', yes, yes), ('d', no, no)]
+    write(folder(tmp_path), 'file,cat,dog\n' + ''.join(f'{",".join(o)}\n' for o in rows))
+    refused(tmp_path, 'columns of 0 and 1: cat, dog', 'one column', '--label-col cat')
+    assert labelled_folder(tmp_path, 'labels.csv', label_col='cat').vocab == sorted([no, yes])
+    write(tmp_path, 'file,dog,is_valid\n' + ''.join(f'{",".join(o)}\n' for o in [('a', yes, no), ('b', no, no), ('c', yes, yes), ('d', no, yes)]))
+    assert labelled_folder(tmp_path, 'labels.csv').vocab == sorted([no, yes])
+    write(tmp_path, 'file,dog,stars\n' + ''.join(f'{f},{o},{i}\n' for i, (f, o, _) in enumerate(rows)))
+    assert labelled_folder(tmp_path, 'labels.csv').vocab == sorted([no, yes])
+    write(tmp_path, 'file,tags,seen\n' + ''.join(f'{f},x{o},{o}\n' for f, o, _ in rows))
+    assert labelled_folder(tmp_path, 'labels.csv').vocab == sorted([f'x{no}', f'x{yes}'])
 
 @pytest.mark.parametrize('suffix', ['.jpg', ''])
 def test_the_folder_with_the_images_is_told(tmp_path, monkeypatch, suffix):

@@ -1,5 +1,6 @@
 "What runs say: sentences for runs with known answers; the picture."
 import math, re
+from io import BytesIO
 from itertools import permutations
 
 import numpy as np, pytest, torch
@@ -244,6 +245,17 @@ def test_mean_average_precision_of_these_runs(found, extra, n):
     run = labelled(NONE, found, extra, n=n, k=3, rare=True)
     assert headline([run]).level([run]).mean == pytest.approx(precision(found, extra, n)) == average_precision_score(run['targs'][:, :2], run['probs'][:, :2])
 
+@pytest.mark.parametrize('n, k, share', [(60, 20, .02), (60, 20, .05), (60, 6, .05)])
+def test_rare_labels_are_luck(n, k, share):
+    "Two models that are equally good: of 100 pairs about five are told apart, and margins are as large as the differences"
+    def one():
+        targs = torch.bernoulli(torch.full((n, k), share), generator=g)
+        targs[0, 0] = 1
+        return [dict(probs=(targs/.4 + torch.randn(n, k, generator=g)).sigmoid().double(), targs=targs, images=torch.arange(n)) for _ in range(2)]
+    g = torch.Generator().manual_seed(0)
+    found = [headline(o).change([o]) for o in (one() for _ in range(100))]
+    assert sum(o.clear for o in found) <= 11 and .75 < np.mean([o.margin for o in found])/1.96/np.std([o.mean for o in found]) < 1.3
+
 @pytest.mark.parametrize('n, positives', [(5, 1), (5, 3), (6, 2), (1, 1)])
 def test_a_random_ranking(n, positives):
     "All orders, by scikit-learn. A label that no image has does not count"
@@ -293,13 +305,27 @@ def test_plot_of_labels():
     tops = [*axes[:3], *axes[6:9]]
     for k, top in zip(order, tops):
         values = sorted(o[k].item() for o in eces.values())
-        assert top.get_title() == f'label {k}\nECE {values[0]:.1%} to {values[-1]:.1%}'
+        low, high = f'{values[0]:.1%}', f'{values[-1]:.1%}'
+        assert top.get_title() == f'label {k}\nECE {low if low == high else f"{low} to {high}"}'
         curves = [o for o in top.lines if len(o.get_xdata())][1:]
         assert [o.get_label() for o in curves] == ['none', 'one-sided 0.1,0', 'uniform 0.05']
         for curve, method in zip(curves, eces):
             probs, targs, images = pooled(method, 'probs', 'targs', 'images')
             bins = reliability(probs[:, k], targs[:, k], min_n=20, groups=images)
             assert np.allclose(curve.get_xdata(), bins.confidence) and np.allclose(curve.get_ydata(), bins.accuracy)
+
+def test_one_method_has_one_ece():
+    run = label_run(NONE, 0, k=2)
+    eces = calibration_error(run['probs'], run['targs'], average=None)
+    assert {o.get_title() for o in plot_reliability([run]).axes} == {'', *(f'label {k}\nECE {eces[k]:.1%}' for k in range(2))}
+
+@pytest.mark.parametrize('name, shown', [('$x_$', '$x_$'), ('a $5 b_{ $6', 'a $5 b_{ $6'), ('under $5', 'under $5'), ('species '*20, 'species species species\nspecies species ...'), ('x'*99, 'x'*30 + '\n...')])
+def test_names_of_labels_are_no_formulas_and_fit(name, shown):
+    "A picture can be drawn of any"
+    fig = plot_reliability([{**label_run(NONE, 0, k=2), 'vocab': [name, 'b']}])
+    fig.savefig(BytesIO())
+    titles = [o.get_title().replace(r'\$', '$') for o in fig.axes]
+    assert any(o.startswith(shown.split('\n')[0]) and max(map(len, o.split('\n'))) <= 30 for o in titles), titles
 
 @pytest.mark.parametrize('k', [1, 2, 4])
 def test_plot_of_few_labels(k):

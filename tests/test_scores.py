@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 from fastai_smooth.ranking import aurc, risk_at, risk_coverage
 from fastai_smooth.scaling import best_temperature, cross_fitted
 from fastai_smooth.scores import *
-from fastai_smooth.scores import average_precision, precision_rows
+from fastai_smooth.scores import average_precision, precision_rows, rare_errors
 
 NONE, UNIFORM, ONLINE = Method(), Method(.1), Method(.5, 'online')
 
@@ -175,6 +175,16 @@ def test_the_margin_is_what_a_bootstrap_of_images_shows(seeds):
     worse, better = np.mean([[[mean_precision(o['probs'], o['targs'], w) for o in pair] for pair in pairs] for w in rng.exponential(size=(100, n))], 1).T
     assert .95 < one.margin/1.96/better.std() < 1.2 and .95 < change.margin/1.96/(better-worse).std() < 1.3
     assert change.mean == pytest.approx(np.mean([mean_precision(b['probs'], b['targs']) - mean_precision(a['probs'], a['targs']) for a, b in pairs])) and change.clear
+
+def test_few_images_with_a_label_leave_something_open():
+    "Ranked first and third, so its precision is (1+2/3)/2; and 10 of 10 in front. In two runs that share images no more of them are known than in one; a label without images does not count"
+    probs, targs = torch.linspace(.9, .1, 20, dtype=torch.double)[:, None].repeat(1, 3), torch.zeros(20, 3)
+    targs[[0, 2], 0] = targs[:10, 1] = 1
+    run = dict(probs=probs, targs=targs, images=torch.arange(20))
+    expected, p = 1/2/2, 5/6
+    for runs in [run], [run, run]: assert rare_errors(runs).tolist() == pytest.approx([math.sqrt(p*(1-p))*expected])
+    assert rare_errors([run, run | dict(images=torch.arange(20)+20)]).tolist() == pytest.approx([math.sqrt(p*(1-p))*expected/2])
+    assert estimate([torch.zeros(50)]*1, [torch.arange(50)], (0, 0), torch.tensor([.3, .4])).margin == pytest.approx(1.96*.5)
 
 def test_scores_of_labels_against_scikit_learn_and_loops():
     probs, targs = labels(80, 3)
