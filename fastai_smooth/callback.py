@@ -45,10 +45,11 @@ class MultiLabelSmoothingCallback(Callback):
         self.prior = prior
         self.eps = ifnone(eps, .25 if self.online else .05)
 
-    online = property(lambda self: isinstance(self.prior, str) and self.prior == 'online', doc='Does it smooth to what the model predicts?')
+    online = property(lambda self: self.prior == 'online', doc='Does it smooth to what the model predicts?')
 
     def __setattr__(self, name, v):
         if name in self._stateattrs: return vars(self).update({name: v}) # in each step; fastai would look in Learner and model for it
+        if name == 'learn' and v is None: self.after_cancel_batch() # taken off the Learner, in the middle of a batch perhaps
         super().__setattr__(name, _checked(name, v, self.eps, self.prior))
         if name == 'prior': self.learnt,self._sums,self._trains = None,None,False
 
@@ -61,19 +62,14 @@ def _checked(name, v, eps, prior):
     "What the callback's attribute `name` becomes when it is set to `v`"
     if name == 'eps':
         v = check_label_eps(v, prior)
-        own = isinstance(prior, str) and prior == 'online' or isinstance(prior, Tensor) and prior.dim() == 2 # of negatives and of positives
-        if sum(eps_pair(v)) == 1 and not own:
+        of_both = prior == 'online' or isinstance(prior, Tensor) and prior.dim() == 2 # negatives and positives go to different numbers
+        if sum(eps_pair(v)) == 1 and not of_both:
             warn(f'eps={eps_text(v)} makes positives and negatives the same target: there is nothing to learn from it. The default is .05')
     elif name == 'prior':
         if isinstance(v, str) and v not in ('train','online'): raise ValueError(f"prior must be a tensor, 'train' or 'online', got {v!r}")
         if not (v is None or isinstance(v, str)): check_prior(v, sigmoid=True)
         check_label_eps(eps, v) # a pair takes none
     return v
-
-@patch
-def __call__(self:MultiLabelSmoothingCallback, event_name):
-    "Of the events those that it has: for others fastai would ask Learner and model, which takes long"
-    if event_name == 'after_fit' or event_name in vars(self) or hasattr(type(self), event_name): return Callback.__call__(self, event_name)
 
 @patch
 def after_pred(self:MultiLabelSmoothingCallback):
@@ -151,7 +147,7 @@ def _smoothed(self:MultiLabelSmoothingCallback, y):
 @patch
 def _add(self:MultiLabelSmoothingCallback, logits, labels):
     "Add up the probabilities of labels that are right"
-    x,y = (o.reshape(len(o), -1) for o in (logits,labels)) # (N,) is of one label
+    x,y = (o[:,None] if o.ndim == 1 else o for o in (logits,labels)) # (N,) is of one label
     k = x.shape[1]
     if self._sums is None:
         dtype = torch.float if x.device.type == 'mps' else torch.double # in float32, rows would be lost after some millions
@@ -171,7 +167,7 @@ def after_train(self:MultiLabelSmoothingCallback):
 def soft_labels(self:MultiLabelSmoothingCallback) -> pd.DataFrame: # (K,2); None before the end of the first training epoch
     "S, by label name: what the model gives, on the average, to a label that is not there, or there, where it gets it right."
     if self.learnt is None: return None
-    names = class_names(self.dls, self.learnt.shape[1])
+    names = class_names(getattr(self.learn, 'dls', None), self.learnt.shape[1]) # numbers, once it is taken off the Learner
     return pd.DataFrame(self.learnt.T.cpu().numpy(), pd.Index(names, name='label'), ['not there','there'])
 
 # %% ../nbs/03_callback.ipynb #mlhelper
@@ -202,17 +198,21 @@ def _check_target(self:MultiLabelSmoothingCallback):
                         f'got {getattr(y, "shape", type(y))}')
     if self.learn.train_iter == 0: self._check_labels(y, pred) # once a fit: to look at values makes a GPU wait
 
+# %% ../nbs/03_callback.ipynb #mllabels
 @patch
 def _check_labels(self:MultiLabelSmoothingCallback, y, pred):
     "Labels are 0, 1 or in between, or nan where they are not known; and S is of as many"
     loss = base_loss(self.learn.loss_func)
-    if ((y < 0) | (y > 1)).any():
-        raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target from {y.min():g} to {y.max():g} for '
-                         f'{loss_name(loss)}: a regression has no labels to smooth')
+    wrong = y[(y < 0) | (y > 1)]
+    if len(wrong):
+        raise ValueError(f'MultiLabelSmoothingCallback takes labels in [0,1], got a target of {wrong[0]:g} for {loss_name(loss)}: '
+                         'a regression has no labels to smooth')
     if self.learnt is None: return
     axis,before = label_axis_of(loss, pred.ndim),self.learnt.shape[1]
     k = 1 if axis is None else pred.shape[axis]
-    if k != before: self.learnt = warn(f'what was learnt of {before} labels is forgotten: now there are {k}')
+    if k != before:
+        warn(f'what was learnt of {before} labels is forgotten: now there are {k}')
+        self.learnt = None
 
 # %% ../nbs/03_callback.ipynb #cbhelp00
 _chunk = 2**22 # numbers that are made at a time, as those of a language model or of masks would fill the memory

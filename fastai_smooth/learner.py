@@ -14,7 +14,7 @@ from .losses import given_axis
 from .prior import train_prior
 from .callback import MultiLabelSmoothingCallback
 from .smoothed import *
-from .smoothed import (found_loss, is_online, loss_of, set_loss, sigmoid_losses, smoothing_losses, softmax_options,
+from .smoothed import (found_loss, is_online, loss_of, set_loss, sigmoid_losses, smoothed_sigmoid_losses, smoothing_losses, softmax_options,
                                    with_temperature_of)
 from .online import OnlineLabelSmoothing
 from .online import check_classes, online_loss
@@ -42,9 +42,6 @@ def _smooth_parts(loss, dls, eps, prior, spread, smooth_valid):
     if multi and smooth_valid: raise ValueError('smooth_valid=True is not for multi-label losses: the callback smooths training only. Use '
                                                 'loss_func=LabelSmoothingBCEWithLogitsFlat() to smooth both')
     if multi and spread != 'all': raise ValueError(f'spread={spread!r} is not for multi-label losses: each label is smoothed alone')
-    if not multi and isinstance(eps, (tuple,list)):
-        raise TypeError(f'eps={eps!r}: a pair, of negatives and of positives, is for multi-label losses; {loss_name(loss)} takes a number '
-                        'or a Tensor[K]')
     if isinstance(prior, str) and prior not in ('train','online'):
         raise ValueError(f"prior must be a tensor, 'train' or 'online', got {prior!r}")
     if isinstance(prior, str) and prior == 'online':
@@ -115,7 +112,7 @@ def to_hard(self:Learner) -> Learner: # self
 def smooths_by(learn, options):
     "The prior and spread that `learn` smooths with, unless `options` have others."
     loss,cbs = loss_of(learn),learn._grab_cbs(MultiLabelSmoothingCallback)
-    if isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)):
+    if isinstance(loss, smoothed_sigmoid_losses):
         if options: raise ValueError(f'{", ".join(options)}: {type(loss).__name__} has its own')
         return dict(prior=getattr(loss, 'func', loss).prior)
     had = dict(prior=cbs[0].prior) if cbs else {}

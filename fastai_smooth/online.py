@@ -158,7 +158,7 @@ OnlineLabelSmoothing.after_cancel_fit = OnlineLabelSmoothing.after_cancel_epoch
 def soft_labels(self:OnlineLabelSmoothing) -> pd.DataFrame: # (K,K): each row sums to 1; None before the end of the first training epoch
     "S, by class name: what the model gives, on the average, to an input of the class of the row that it gets right."
     if self.prior is None: return
-    names = class_names(self.dls, len(self.prior))
+    names = class_names(getattr(self.learn, 'dls', None), len(self.prior)) # numbers, once it is taken off the Learner
     return pd.DataFrame(self.prior.cpu().numpy(), pd.Index(names, name='class'), names)
 
 @patch

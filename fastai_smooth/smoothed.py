@@ -35,6 +35,7 @@ class SmoothedCrossEntropyFlat(LabelSmoothingCrossEntropyFlat):
 # %% ../nbs/04_smoothed.ipynb #4d3d98ef
 softmax_losses = CrossEntropyLossFlat, fastai.losses.LabelSmoothingCrossEntropyFlat, LabelSmoothingCrossEntropyFlat, nn.CrossEntropyLoss
 sigmoid_losses = BCEWithLogitsLossFlat, nn.BCEWithLogitsLoss
+smoothed_sigmoid_losses = LabelSmoothingBCEWithLogits, LabelSmoothingBCEWithLogitsFlat # which smooth by themselves
 _regressions = nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.GaussianNLLLoss
 _regression_functions = F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.gaussian_nll_loss
 
@@ -68,8 +69,8 @@ def sigmoid_options(loss, shape):
     return w,func.reduction
 
 # %% ../nbs/04_smoothed.ipynb #smthfnd0
-smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, LabelSmoothingBCEWithLogits,
-                    LabelSmoothingBCEWithLogitsFlat, fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
+smoothing_losses = (LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, *smoothed_sigmoid_losses,
+                    fastai.losses.LabelSmoothingCrossEntropy, fastai.losses.LabelSmoothingCrossEntropyFlat)
 
 def set_loss(learn, loss):
     "Makes `loss` the one that `base_loss` finds. While `MixUp` or `CutMix` train, it is theirs to train with, and to put back."
@@ -103,7 +104,7 @@ def loss_of(learn):
 def is_multi(learn):
     "Is its loss for labels that are each there or not?"
     loss = loss_of(learn)
-    return isinstance(loss, (LabelSmoothingBCEWithLogits,LabelSmoothingBCEWithLogitsFlat)) or type(loss) in sigmoid_losses
+    return isinstance(loss, smoothed_sigmoid_losses) or type(loss) in sigmoid_losses
 
 def found_loss(learn):
     "The loss that `to_smooth` finds, or found before it installed its own."

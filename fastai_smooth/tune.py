@@ -15,7 +15,7 @@ from .callback import LabelSmoothingScheduler, eps_text
 from .kernels.checks import check_label_eps, check_number, check_whole
 from .kernels.targets import eps_pair
 from .learner import smooths_by
-from .smoothed import is_multi, loss_of, sigmoid_losses
+from .smoothed import is_multi, loss_of, smoothed_sigmoid_losses
 from .losses import *
 from .noise import noise_estimate, profile_nll, some_rows
 from .pilot import pilot
@@ -56,7 +56,7 @@ def _smooth_by(learn, eps, options):
     "Set the smoothing of a pilot, whose loss is its own"
     for o in (LabelSmoothingScheduler,TemperatureReminder): learn.remove_cb(o)
     loss,options = loss_of(learn),smooths_by(learn, options)
-    if is_multi(learn) and type(loss) not in sigmoid_losses: learn.loss_func,loss.eps = loss,eps # smooths by itself
+    if isinstance(loss, smoothed_sigmoid_losses): learn.loss_func,loss.eps = loss,eps
     else: learn.to_smooth(eps, **options)
 
 class _Errors(Callback):
@@ -249,10 +249,10 @@ def _grid(full, epss, options, multi, online):
         return [0.]
     if epss is None: return [0., *(o/2 if multi else o for o in ((.3,.5,.7,.9) if online else (.05,.1,.2,.4)))]
     top = .5 if multi else 1.
-    try: epss = {0., *(check_label_eps(o) if multi and isinstance(o, (tuple,list)) else float(o) for o in epss)}
+    try: epss = {0., *(check_label_eps(o) if multi else float(o) for o in epss)}
     except (TypeError,ValueError) as e:
         raise type(e)(f"epss must be numbers in [0,{top:g}]{', or pairs'*multi}, got {epss!r}: {e}") from e
-    bad = [o for o in epss if not isinstance(o, tuple) and not 0 <= o <= top]
+    bad = [o for o in epss if not multi and not 0 <= o <= top]
     if bad: raise ValueError(f'epss must be in [0,{top:g}], got {bad[0]:g}')
     epss = sorted({o[0] if isinstance(o, tuple) and o[0] == o[1] else o for o in epss}, key=lambda o: (_smoothing(o), eps_pair(o)))
     if len(epss) < 2: raise ValueError('epss needs a value above 0')
@@ -288,7 +288,7 @@ def eps_find(self:Learner,
     multi,prior = is_multi(self),smooths_by(self, kwargs).get('prior')
     online = isinstance(prior, str) and prior == 'online'
     epss = _grid(full, epss, kwargs, multi, online)
-    if multi: [check_label_eps(o, prior) for o in epss] # a pair takes no prior
+    for o in epss if multi else []: check_label_eps(o, prior) # a pair takes no prior
     if fit is None: fit = lambda o: o.fit_one_cycle(max(1, round(share*n_epoch)), lr)
     pilots = {eps:p for eps in epss if (p := _run_pilot(self, eps, fit, ds_idx, seed, kwargs))}
     preds,errors = _finite_rows([p for p,_ in pilots.values()]),pilots[0.][1]

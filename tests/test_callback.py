@@ -308,6 +308,12 @@ def test_a_prior_of_images(shape, prior):
 def test_a_target_that_does_not_fit_is_told_before_the_loss_chokes_on_it(target, said):
     with pytest.raises(TypeError, match=said): ours(dls=tensor_dls(torch.randn(64, 6), target)).fit(1)
 
+def test_a_target_that_is_no_label_is_named():
+    "Also beside unknown labels, which are nan"
+    y = torch.zeros(64, 5)
+    y[0], y[1] = NAN, 3
+    with pytest.raises(ValueError, match=r'takes labels in \[0,1\], got a target of 3 for BCEWithLogitsLossFlat'): ours(dls=tensor_dls(torch.randn(64, 6), y, 64)).fit(1)
+
 def test_unknown_labels_stay_nan():
     def known_only(pred, y): return bce(pred[known := ~y.isnan()], y[known])
     def dls():
@@ -371,6 +377,14 @@ def test_fit_cbs_and_remove_cb():
     close(weights(learn), weights(ref))
     assert not learn.cbs.filter(risinstance(MultiLabelSmoothingCallback))
     same_training(ours().remove_cb(MultiLabelSmoothingCallback), hard())
+
+def test_taken_off_in_the_middle_of_a_batch_it_leaves_hard_labels():
+    class TakesOff(Callback):
+        def before_backward(self): self.learn.remove_cb(MultiLabelSmoothingCallback)
+    after = at('after_batch')
+    learn = ours(cbs=[TakesOff(), after])
+    learn.fit(1)
+    assert set(after.train()[0].unique().tolist()) == {0., 1.}
 
 def pickled(o): return pickle.loads(pickle.dumps(o))
 def cloudpickled(o): return pickle.loads(cloudpickle.dumps(o))
@@ -628,7 +642,7 @@ PRIORS = [lambda a: torch.full((len(a['prior'])+1,), .5), lambda a: a['prior'][N
 one_class = [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), F.cross_entropy]
 smooth = [LabelSmoothingBCEWithLogitsFlat(), LabelSmoothingBCEWithLogits(), LabelSmoothingCrossEntropyFlat(multi_hot=True),
           nn.CrossEntropyLoss(label_smoothing=.1)]
-TARGETS = [other(lambda y, n, k: y*2+1), other(lambda y, n, k: dict(target=[y, y], loss=lambda p, *ys: bce(p, ys[0]))),
+TARGETS = [other(lambda y, n, k: y+2), other(lambda y, n, k: dict(target=[y, y], loss=lambda p, *ys: bce(p, ys[0]))),
            other(lambda y, n, k: dict(target=torch.zeros(n, k+1), loss=lambda p, y: p.mean()))]
 TABLE = dict(
     MultiLabelSmoothingCallback=Row(trained, multi(), tensors=dict(prior=FLOATS), bad={

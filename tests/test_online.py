@@ -336,6 +336,16 @@ def test_soft_labels_by_name_and_their_picture():
     assert [o.get_text() for o in ax.get_yticklabels()] == ['ant', 'bee', 'cat', 'dog'] and np.ma.getmaskarray(shown).diagonal().all()
     np.testing.assert_allclose(shown.compressed(), table.to_numpy()[~np.eye(K, dtype=bool)])
 
+@pytest.mark.parametrize('make', [learner, lambda: labelled()])
+def test_soft_labels_of_a_callback_that_was_taken_off(make):
+    "By number, as names are those of a Learner's data"
+    learn = make().to_smooth(prior='online')
+    learn.fit(1)
+    cb = first(o for o in learn.cbs if hasattr(type(o), 'soft_labels'))
+    before = cb.soft_labels.to_numpy()
+    learn.to_hard()
+    assert list(cb.soft_labels.index) == list(map(str, range(K))) and (cb.soft_labels.to_numpy() == before).all()
+
 def test_of_many_classes_those_that_share_most_are_shown():
     learn = learner().to_smooth(prior='online')
     soft = torch.eye(6)
@@ -446,6 +456,15 @@ def test_sums_of_any_labels(n, k, seed, chunk, junk, labels, dtype):
     close(torch.where(cb._counts > 0, cb._sums/cb._counts, .5), expected, 1e-6)
     counts = [((y <= .5) & (x < 0)).reshape(n, -1).sum(0), ((y > .5) & (x > 0)).reshape(n, -1).sum(0)]
     assert cb._counts.tolist() == torch.stack(counts).tolist() and cb._sums.dtype == torch.float64
+
+@pytest.mark.parametrize('make', [labelled, lambda: one_label(1, model=seeded(lambda: nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))))], ids=['labels', 'event'])
+def test_a_batch_without_rows_teaches_nothing(make):
+    class Empties(Callback):
+        def before_batch(self):
+            if self.training and self.iter == 1: self.learn.xb, self.learn.yb = (self.xb[0][:0],), (self.yb[0][:0],)
+    learn, batches = make().add_cb(Empties()).to_smooth(prior='online'), label_spy()
+    learn.fit(1, cbs=batches)
+    close(learn.multi_label_smoothing.learnt, labels_soft([o[:2] for o in batches.train()], -1 if make is labelled else None).float())
 
 def test_millions_of_labels_are_not_lost():
     cb, one = MultiLabelSmoothingCallback(prior='online'), torch.ones(1, 1)

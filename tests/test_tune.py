@@ -128,7 +128,7 @@ PAIR = .1, 0.
 def test_pairs_are_compared_too():
     "by the NLL of pilots that were trained with them"
     learn = trainable(True)
-    found = quietly(find, learn, 5, share=1., full=True, epss=[PAIR, .3, (.025, .025), .05, (0., .3), 0])
+    found = quietly(find, learn, 5, share=1., full=True, epss=[PAIR, .3, (.025, .025), .05, np.array([0., .3]), 0])
     assert found.scores.eps.tolist() == [0., .025, .05, PAIR, (0., .3), .3]
     preds = [by_hand(learn, 5, eps) for eps in found.scores.eps]
     near(found.scores.nll, [F.binary_cross_entropy_with_logits(cross_fitted(z.double(), y), y.double()) for z, y in preds], 1e-5)
@@ -320,7 +320,7 @@ def first_nan(trial): params(trial.model)[0].data.fill_(NAN)
 
 @pytest.mark.parametrize('make, kwargs, error, message', [
     *[(partial(trainable, loss=o, cbs=Trained()), {}, TypeError, '') for o in (Own(), MSELossFlat(), nn.NLLLoss(), lambda x, y: x.sum())],
-    (partial(trainable, True, cbs=Trained()), dict(full=True, epss=[.7]), ValueError, r'epss must be in \[0,0.5\]'),
+    (partial(trainable, True, cbs=Trained()), dict(full=True, epss=[.7]), ValueError, r"epss must be numbers in \[0,0.5\], or pairs, got \[0.7\]: .*got 0.7"),
     (partial(trainable, cbs=Trained()), dict(full=True, epss=[.1], spread='none'), ValueError, 'spread'),
     (partial(trainable, True, LabelSmoothingCrossEntropyFlat(.1, multi_hot=True)), {}, TypeError, 'needs class indices as targets of LabelSmoothingCrossEntropyFlat'),
     (partial(trainable, True, cbs=Trained()), dict(full=True, epss=[(.6, .5)]), ValueError, r'epss must be numbers in \[0,0.5\], or pairs, got'),

@@ -56,7 +56,8 @@ def check_eps(eps, top=1., num_classes=None, values=True):
     labels = top < 1
     if not isinstance(eps, Tensor) or not eps.dim():
         learnt = '' if labels else f", or to learn it eps.expand({num_classes or 'K'}), a value for each class"
-        eps = number_of(eps, f'a number, or {PAIR}' if labels else 'a number or a Tensor[K]', learnt)
+        kinds = f'a number, or {PAIR}' if labels else 'a number or a Tensor[K] (a pair is for multi-label losses)'
+        eps = number_of(eps, kinds, learnt)
         if not 0 <= eps <= top:
             why = " (labels: a positive becomes 1-eps, a negative eps, so that at .5 they are the same)" if labels else ""
             raise ValueError(f"eps must be in [0, {top:g}], got {eps}{why}")
@@ -108,8 +109,8 @@ def check_prior(prior, num_classes=None, sigmoid=False, values=True):
     one of its negatives and one of its positives."""
     check_dense('prior', prior)
     rows = prior.dim() == 2
-    if not (rows and sigmoid): check_shape('prior', prior, num_classes, 2 if rows else 1)
-    elif len(prior) != 2:
+    if not sigmoid: check_shape('prior', prior, num_classes, 2 if rows else 1)
+    elif prior.dim() != 1 and not (rows and len(prior) == 2):
         raise ValueError(f"prior must be [K], or [2,K] with a row of negatives and one of positives, got shape {tuple(prior.shape)}")
     if not values: return
     check_values('prior', prior)

@@ -19,6 +19,7 @@ XY, XL = dict(input=X, target=Y), dict(input=X, target=torch.ones(2, 3))
 
 @pytest.mark.parametrize('f,args,error,match', [
     (smooth_cross_entropy, XY | dict(eps=1.25), ValueError, r'eps must be in \[0, 1\], got 1.25$'),
+    (smooth_cross_entropy, XY | dict(eps=(.1, 0.)), TypeError, r'a Tensor\[K\] \(a pair is for multi-label losses\), got \(0.1, 0.0\)'),
     (smooth_cross_entropy, XY | dict(eps=torch.tensor([.1, 1.25, .2])), ValueError, r'every eps must be in \[0, 1\], got \[0.1.*, 1.25, '),
     (smooth_bce, XL | dict(eps=.625), ValueError, r'eps must be in \[0, 0.5\], got 0.625 \(labels: .* at .5 they are the same'),
     (smooth_bce, XL | dict(eps=HALVES), ValueError, r'one eps a class is for the softmax loss'),
@@ -54,6 +55,7 @@ XY, XL = dict(input=X, target=Y), dict(input=X, target=torch.ones(2, 3))
     (partial(check_whole, 'n', low=1, high=4), dict(v=5), ValueError, 'n must be a whole number of 1 or more, 4 at most, got 5'),
     (partial(check_number, 'x', low=0, high=1, strictly=True), dict(v=1), ValueError, r'x must be in \(0, 1\), got 1'),
     (check_prior, dict(prior=torch.tensor([.5, 1.5]), sigmoid=True), ValueError, r'prior must be probabilities in \[0, 1\], got 1.5'),
+    *[(check_prior, dict(prior=torch.ones(shape), sigmoid=True), ValueError, r'prior must be \[K\], or \[2,K\] with a row') for shape in ((), (2, 2, 2))],
     (check_prior, dict(prior=torch.ones(3, 4), sigmoid=True), ValueError, r'prior must be \[K\], or \[2,K\] with a row of negatives and one of positives, got .*\(3, 4\)'),
     (check_prior, dict(prior=torch.tensor([[0., .5], [1., .25]]), sigmoid=True), ValueError, r'prior \[2,K\] has negatives in its first row.* got 0.5 and 0.25 for label 1'),
     (check_prior, dict(prior=torch.tensor([.5, .75, -.25])), ValueError, 'prior must not be negative or nan, got -0.25'),
