@@ -21,10 +21,10 @@ from .smoothed import smoothing_losses, sigmoid_options
 class MultiLabelSmoothingCallback(Callback):
     """Smooths multi-label targets in training: a positive becomes 1-eps, a negative eps, and a soft label y y*(1-2eps)+eps.
 
-    With a pair, eps=(e0,e1), a positive becomes 1-e1 and a negative e0: (.1, 0.) where labels are missing, as in single-positive training
-    (Cole et al. 2021, arXiv:2106.09708). With prior='online' the target is y*(1-2eps)+2eps*S, where S is the mean probability, over the
-    last training epoch, of the rows that have this label (or have it not, as the target) and are right; 1/2 in the first epoch, and where
-    there is no such row. S stays from fit to fit, and goes with the callback.
+    With a pair, eps=(e0,e1), a positive becomes 1-e1 and a negative e0: (.1, 0.) finds more where positives are missing (as in Cole et al.
+    2021, arXiv:2106.09708) and the threshold stays .5; all probabilities rise. With prior='online' the target is
+    y*(1-2eps)+2eps*S, where S is the mean probability, over the last training epoch, of the rows that have this label (or have it not, as
+    the target) and are right; 1/2 in the first epoch, and where there is no such row. S stays from fit to fit, and goes with the callback.
 
     Works with any loss of logits and floating targets (`BCEWithLogitsLossFlat`, with pos_weight, or your own). The loss that is
     backpropagated, and that the Recorder logs, is that of the smoothed targets, with all that other callbacks do to it. `learn.yb` is

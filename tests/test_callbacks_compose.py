@@ -121,7 +121,7 @@ def make(kind, names=(), ours=True, first=True, path=None):
     learn.recorder.smooth_loss.beta = 0.  # record each batch's own loss
     grads.seen, learn.recorder.losses, learn.recorder.values = [], [], []  # for a fit that ends before their before_fit
     learn.found, learn.mine, learn.sched = learn.loss_func, mine, sched
-    learn.owner, learn.eps = mine[0] if multi and ours else learn.loss_func, eps
+    learn.owner, learn.configured = mine[0] if multi and ours else learn.loss_func, eps
     return learn
 
 def record(learn):
@@ -135,7 +135,7 @@ def leftovers(learn, n_epoch=0, names=()):
     "What a fit of ours must not leave behind; and after one of `n_epoch` without a fault, eps is recorded batch by batch"
     res, n = [f'{e} (seen)' for e in learn.watch.wrong], len(learn.recorder.losses)
     if learn.loss_func is not learn.found: res.append('loss_func')
-    if learn.owner.eps != learn.eps: res.append(f'eps {learn.owner.eps}')
+    if learn.owner.eps != learn.configured: res.append(f'eps {learn.owner.eps}')
     if not (learn.mine and learn.sched and n_epoch and n): return res
     hps, expected = getattr(learn.recorder, 'hps', {}), np.array([learn.sched(i/(N_TRAIN*n_epoch)) for i in range(n)])
     right = set(hps) == {'eps', *['lr']*('param_scheduler' in names)} and distance(hps['eps'], expected) < 1e-6

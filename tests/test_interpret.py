@@ -262,7 +262,7 @@ def images(tmp_path_factory): return image_learner(tmp_path_factory.mktemp('digi
 def test_most_overconfident_shows_the_right_images(images, monkeypatch, which):
     "indices are of dl.items, also of a loader that shuffles, and where several have the same loss"
     learn, valid = images, images.dls.valid
-    items = dict(test_dl=list(reversed(valid.items)), equal=[o for o in valid.items[:6] for _ in range(3)]).get(which)
+    items = dict(test_dl=list(reversed(valid.items)), equal=[o for o in valid.items for _ in range(3)]).get(which)
     dl = valid.new(shuffle=True) if which == 'shuffled' else learn.dls.test_dl(items, with_labels=True) if items else None
     interp, seen = interpret(learn, ds_idx=0) if which == 'ds_idx=0' else interpret(learn, dl=dl), []
     monkeypatch.setattr(type(interp), '__getitem__', lambda self, idx: seen.append(idx) or Interpretation.__getitem__(self, idx))
