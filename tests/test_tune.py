@@ -319,7 +319,7 @@ def zero_nan(trial): trial.model[-1].bias.data[1] = NAN   # the other logits may
 def first_nan(trial): params(trial.model)[0].data.fill_(NAN)
 
 @pytest.mark.parametrize('make, kwargs, error, message', [
-    *[(partial(trainable, loss=o, cbs=Trained()), {}, TypeError, '') for o in (Own(), MSELossFlat(), nn.NLLLoss(), lambda x, y: x.sum())],
+    *[(partial(trainable, loss=o, cbs=Trained()), {}, TypeError, 'labels') for o in (Own(), MSELossFlat(), nn.NLLLoss(), lambda x, y: x.sum())],
     (partial(trainable, True, cbs=Trained()), dict(full=True, epss=[.7]), ValueError, r"epss must be numbers in \[0,0.5\], or pairs, got \[0.7\]: .*got 0.7"),
     (partial(trainable, cbs=Trained()), dict(full=True, epss=[.1], spread='none'), ValueError, 'spread'),
     (partial(trainable, True, LabelSmoothingCrossEntropyFlat(.1, multi_hot=True)), {}, TypeError, 'needs class indices as targets of LabelSmoothingCrossEntropyFlat'),
