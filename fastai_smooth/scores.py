@@ -135,9 +135,9 @@ def score(
     targs:Tensor, # (n,) true class indices; or (n,K) of 0/1, for several labels an image
     images:Tensor=None, # (n,) their numbers, by which runs have them in common
 ) -> dict:
-    """`MEASURES`, `confidence_gap` and `aurc`, each with its interval `_low` to `_high`, `temperature` and `error_surest_half`; and what
+    """`MEASURES`, confidence_gap and aurc, each with its interval `_low` to `_high`, `temperature` and `error_surest_half`; and what
     they are made from: `probs` and, after a cross-fitted temperature, `after`, both (n,K), `targs` and `images`. NLL is in nats. Of several
-    labels also `average_precision`, the mean over labels that an image has, with its interval; and `by_label`, a row a label."""
+    labels also average_precision, the mean over labels that an image has, with its interval; and `by_label`, a row a label."""
     logits,targs = logits.as_subclass(Tensor).double(),targs.as_subclass(Tensor)
     multi = targs.ndim == logits.ndim
     def act(x): return x.sigmoid() if multi else x.softmax(1)
