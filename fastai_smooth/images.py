@@ -212,13 +212,14 @@ def _rarest(classes):
 
 def _in_both(classes, valid):
     "`valid`, changed where a label has no training image, or no validation image though one can be spared"
-    has = [np.flatnonzero(o) for o in classes.T]
-    for o in has:
-        if valid[o].all(): valid[o[:1]] = False
-    for o in has:
-        if len(o) < 2 or valid[o].any(): continue
-        n = classes[~valid].sum(0)
-        valid[[i for i in o if (n[classes[i] > 0] > 1).all()][:1]] = True
+    images_of = [np.flatnonzero(label) for label in classes.T]
+    for images in images_of:
+        if valid[images].all(): valid[images[:1]] = False # one of them is trained on
+    for images in images_of:
+        if len(images) < 2 or valid[images].any(): continue
+        n_train = classes[~valid].sum(0) # training images of each label
+        spared = [i for i in images if (n_train[classes[i] > 0] > 1).all()] # each of its labels has another one
+        valid[spared[:1]] = True
     return valid
 
 def split_valid(

@@ -42,11 +42,11 @@ def _most_frequent(runs):
     return (counts := torch.cat([r['targs'] for r in runs]).bincount()).max().item()/counts.sum().item()
 
 def _random_ranking(runs):
-    "Mean average precision of one, on the average, by the formula above"
+    "Its mean AP: a + (1-a)*(P-1)/(n-1) of a label that P of n images have, where a = (1 + 1/2 + ... + 1/n)/n"
     def of(targs):
         n,positives = len(targs),targs.double().sum(0)
-        first = (1/torch.arange(1, n+1)).double().sum()/n
-        return (first + (1-first)*(positives[positives > 0]-1)/max(1, n-1)).mean().item()
+        a = (1/torch.arange(1, n+1)).double().sum()/n
+        return (a + (1-a)*(positives[positives > 0]-1)/max(1, n-1)).mean().item()
     return np.mean([of(r['targs']) for r in runs])
 
 HEADLINES = dict(

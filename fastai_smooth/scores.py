@@ -78,7 +78,7 @@ def average_precision(
     return torch.where(probs.isnan().any(0), math.nan, (right*above/of).sum(1)/right.sum(1))
 
 def precision_rows(run):
-    "The r_i of the formula above (n,)"
+    "Rows (n,) whose mean is mAP: r_i = mAP + n * dmAP/dw_i, with w_i the weight of image i (infinitesimal jackknife, Efron 1982)"
     there = run['targs'].bool().any(0)
     probs,targs = run['probs'][:,there],run['targs'][:,there]
     weights = torch.ones(len(probs), dtype=torch.double, requires_grad=True)
@@ -88,7 +88,7 @@ def precision_rows(run):
 _FEW = 10 # Images with a label; of so many, rows show nine tenths of its variance or more
 
 def rare_errors(runs):
-    "Standard errors of mean average precision that its rows don't show (m,): of each label that few images have, by the formula above"
+    "Standard errors (m,) of mAP that its rows don't show: sqrt(AP*(1-AP)) / (K*P) for each of K labels that only P < 10 images have"
     targs,images = (torch.cat([r[o] for r in runs]) for o in ('targs','images'))
     positives = tensor([len(images[o > 0].unique()) for o in targs.T])
     value = torch.stack([average_precision(r['probs'], r['targs']) for r in runs]).nanmean(0).clamp(max=1)
