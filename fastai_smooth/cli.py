@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 __all__ = ['BadInput', 'or_bad_input', 'number', 'count', 'whole', 'share', 'positive', 'parser', 'run_command',
-           'new_folder', 'new_file', 'complete']
+           'stop_if_interrupted', 'new_folder', 'new_file', 'complete']
 
 COMMANDS = 'compare', 'bench' # each a function in the module of its name; the first where none is named
 
@@ -141,6 +141,21 @@ def _stop(*_):
     os.write(2, b'\nfastai_smooth: interrupted\n')
     os._exit(130)
 
+_interrupted = False # by Ctrl-C, at any time in this process
+
+def _interrupt(*_):
+    "Raises KeyboardInterrupt, and remembers it for where that is lost."
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+def stop_if_interrupted(
+    *args, # Not looked at: this may be an event of a `Callback`
+):
+    """Raises KeyboardInterrupt if there was a Ctrl-C. What takes long calls this again and again, as that of the signal may not arrive:
+    fastai has some `except:`, Python ignores what `__del__` raises, and the ValueError of int('x') may take its place."""
+    if _interrupted: raise KeyboardInterrupt
+
 def _on_ctrl_c(handler):
     "Sets what Ctrl-C does, unless it is ignored, as it is for jobs in the background."
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN: signal.signal(signal.SIGINT, handler)
@@ -159,7 +174,7 @@ def main():
         if hasattr(o, 'reconfigure'): o.reconfigure(errors='backslashreplace') # a terminal need not know every character
     _command(sys.argv[1:]) # the imports
     try:
-        _on_ctrl_c(signal.default_int_handler)
+        _on_ctrl_c(_interrupt)
         code = run_command(sys.argv[1:])
         if sys.stdout: sys.stdout.flush() # here, where an error can be told
     except KeyboardInterrupt: # while the last words are printed

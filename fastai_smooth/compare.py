@@ -44,10 +44,10 @@ def _learner(dls, method, arch, pretrained):
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', module='torchvision') # of how fastai asks it for models
         learn = vision_learner(dls, _find_arch(arch, pretrained), pretrained=pretrained, metrics=metrics)
+    learn.add_cb(Callback(before_batch=stop_if_interrupted))
     return learn.to_smooth(method.eps, prior=method.prior) if method.smooths else learn
 
 def _fit(learn, epochs, lr, pretrained): (learn.fine_tune if pretrained else learn.fit_one_cycle)(epochs, lr)
-
 def _quiet(learn, progress): return ContextManagers([] if progress else [learn.no_bar(), learn.no_logging()])
 
 @delegates(get_dls)
@@ -177,7 +177,9 @@ def _run_all(todo, data, file, options):
     try:
         for i,(method,seed) in enumerate(todo):
             print(f'\nRun {i+1} of {len(todo)}: {method}, seed {seed}', flush=True)
-            runs.append(run := one_run(data, method.eps, seed, prior=method.prior, **options))
+            run = one_run(data, method.eps, seed, prior=method.prior, **options)
+            stop_if_interrupted() # a run in which Ctrl-C was lost need not be right
+            runs.append(run)
             judged = headline(runs)
             print(f'{judged.name} {run[judged.key]:.4f}, nll {run["nll"]:.4f}', flush=True)
             try: _write(runs, file)
@@ -224,8 +226,7 @@ _eps = number('a number in [0, 1], two such as 0.1,0 with a sum of at most 1, au
 def _say_if_uniform(methods, epochs, pretrained, **kwargs):
     "Online smoothing starts with a uniform prior, and learns another by the end of an epoch; the frozen epoch of `fine_tune` is one more"
     if epochs == 1 and not pretrained and any(m.prior == 'online' for m in methods):
-        print('Online smoothing is uniform smoothing with the same eps in its first epoch, the only one here; try more --epochs',
-              flush=True)
+        print('Online smoothing is uniform smoothing with the same eps in its first epoch, the only one; try more --epochs', flush=True)
 
 def _compare(data, methods, seeds, out, options):
     _check_training(data, **options)
@@ -275,9 +276,8 @@ def compare(
     images = load_images(data, root, download, out, labels, label_delim=label_delim, fn_col=fn_col, label_col=label_col,
                          valid_col=valid_col)
     methods = _methods(eps, images.multi)
-    auto = 'auto' in methods
     options = _defaults() | kwargs | dict(size=size or SIZES.get(data, 128), progress=sys.stdout.isatty())
-    options['bs'] = bs or _default_bs(images, auto, options['noise'])
+    options['bs'] = bs or _default_bs(images, 'auto' in methods, options['noise'])
     # images so small gain little from more threads, lose much when other programs want them too, and round differently
     if data in ('digits','pairs'): torch.set_num_threads(1)
     _compare(images, methods, seeds, out, options)

@@ -1,5 +1,5 @@
 """The main job: runs of one seed share all but the smoothing; bad input is told before any training; what is finished is kept."""
-import os, re, shutil, signal, subprocess, sys, time
+import os, re, shutil, signal, subprocess, sys, threading, time
 from functools import wraps
 from pathlib import Path
 from unittest import mock
@@ -17,7 +17,7 @@ from torch import nn
 
 from fastai_smooth import compare as cmp
 from fastai_smooth.callback import MultiLabelSmoothingCallback
-from fastai_smooth.cli import run_command
+from fastai_smooth.cli import main, run_command
 from fastai_smooth.compare import *
 from fastai_smooth.images import *
 from fastai_smooth.report import *
@@ -383,6 +383,42 @@ def test_ctrl_c_with_nothing_finished(fake, tmp_path, monkeypatch, where):
     for out in 'new', 'new/deeper', 'mine/new', 'mine/too': assert run('--out', tmp_path/out) == 130
     assert sorted(tmp_path.rglob('*')) == [tmp_path/'mine', tmp_path/'mine'/'too']
 
+class Lost:
+    "A Ctrl-C whose KeyboardInterrupt Python ignores"
+    def __del__(self): signal.raise_signal(signal.SIGINT)
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    "As in a process of its own"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # ignored in the background
+    monkeypatch.setattr('fastai_smooth.cli._interrupted', False)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.parametrize('lost_in, batches, finished', [('batch', 6, '1 of 4'), ('score', 8, '1 of 4'), ('pilot', 2, None)])
+def test_ctrl_c_that_is_lost_ends_training(photos, tmp_path, monkeypatch, capsys, ctrl_c, lost_in, batches, finished):
+    "Before the next batch; a run after whose last batch it was lost does not count"
+    seen, learner, score = [], cmp._learner, cmp.score
+    def after_batch(cb):
+        seen.append(cb.iter)
+        if lost_in != 'score' and len(seen) == batches: Lost()
+    def with_lost(*args):
+        learn = learner(*args)
+        learn.add_cb(Callback(after_batch=after_batch))
+        return learn
+    def lost_score(*args):
+        if lost_in == 'score' and len(seen) == batches: Lost()
+        return score(*args)
+    monkeypatch.setattr(cmp, '_learner', with_lost)
+    monkeypatch.setattr(cmp, 'score', lost_score)
+    eps = 'auto' if lost_in == 'pilot' else '.2'
+    monkeypatch.setattr(sys, 'argv', ['', '--data', str(photos), '--eps', '0', eps, *TINY_ARGS, '--seeds', '2', '--out', str(tmp_path/'o')])
+    assert main() == 130 and len(seen) == batches
+    assert capsys.readouterr().err == f'\nfastai_smooth: interrupted{f", {finished} runs are finished" if finished else ""}\n'
+    if finished: assert csvs(tmp_path/'o') == {'results.csv': [0]}
+    else: assert not (tmp_path/'o').exists()
+
 def test_results_are_on_disk_after_each_run(fake, tmp_path):
     "So that not even a power cut loses them; or a folder that is removed meanwhile"
     lines = []
@@ -446,11 +482,13 @@ def test_from_end_to_end(photos, tmp_path, capsys):
     p = subprocess.Popen([sys.executable, '-m', 'fastai_smooth', *map(str, args), '--seeds', '5000', '--out', str(tmp_path/'a')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          text=True, encoding='utf-8', env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8'},
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # ignored in the background, and by its children
-    first = tmp_path/'a'/'results.csv'
+    first, limit = tmp_path/'a'/'results.csv', threading.Timer(600, p.kill) # of a program that hangs, so that its output is seen
+    limit.start()
     while p.poll() is None and not (first.exists() and len(first.read_text().splitlines()) > 3): time.sleep(.1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate()
-    assert p.returncode == 130 and re.fullmatch(r'\nfastai_smooth: interrupted, \d+ of 15000 runs are finished\n', err), err
+    limit.cancel()
+    assert p.returncode == 130 and re.fullmatch(r'\nfastai_smooth: interrupted, \d+ of 15000 runs are finished\n', err), f'{out[-2000:]}\n{err}'
     assert re.search(r'^\d+ training and \d+ validation images of 2 classes$', out, re.M)
     assert re.search(r'^Run 3 of 15000: online 0.5, seed 0\naccuracy \d\.\d{4}, nll \d+\.\d{4}$', out, re.M)
     assert not {'\r', '█'} & set(out) and 'Epoch' not in out # no progress bars in a file
