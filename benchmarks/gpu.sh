@@ -4,11 +4,12 @@
 #   bash benchmarks/gpu.sh 3 4
 #
 #   1 check        every kernel beside float64, on a few rows; where one is wrong nothing else runs    40 s
-#   2 tests        those that need a GPU, and the torch implementation's on the Triton one             150 s
+#   2 tests        those that need a GPU, and the torch implementation's on the Triton one             185 s
 #   3 table        times beside eager, torch.compile and Liger-Kernel, then every option               2 to 3 min
 #   4 choose       what decides the dispatch table                                                     2 min
 #   5 train        the head of a language model, and trainings                                         45 s
 #   6 sanitizers   memcheck and racecheck of compute-sanitizer                                         1 to 2 min
+#   7 linear       the loss of a linear layer's logits some rows at a time, in float32                 1 min
 #
 # Leaves a JSON file and a log of each in $OUT (default: benchmarks/gpu-results), row by row. A step that fails or takes too long is
 # said to at the end, and keeps no other from running.
@@ -18,7 +19,7 @@ out=${OUT:-benchmarks/gpu-results}
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 unset TRITON_INTERPRET
-[ $# = 0 ] && set -- 1 2 3 4 5 6
+[ $# = 0 ] && set -- 1 2 3 4 5 6 7
 results=() failed=0
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo 'gpu.sh: torch finds no GPU here' >&2; exit 2; }
 
@@ -53,8 +54,8 @@ EOF
 
 tests() { # fewer settings than on a CPU: each is compiled
     pytests gpu-tests 55 tests/kernels/triton/test_{gpu,launch,softmax,sigmoid}.py
-    SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 pytests kernel-tests 95 \
-        tests/kernels/test_{softmax,sigmoid,autograd,compile,functional}.py
+    SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 pytests kernel-tests 130 \
+        tests/kernels/test_{softmax,sigmoid,autograd,compile,functional,linear}.py
 }
 
 sanitizers() {
@@ -76,6 +77,7 @@ for stage in "$@"; do
         4 | choose) bench choose 120 115 ;;
         5 | train) bench train 60 20 ;;
         6 | sanitizers) sanitizers ;;
+        7 | linear) step linear 90 30 python3 benchmarks/linear.py "$out/linear.json" --seconds 1 ;;
         *) echo "gpu.sh: there is no stage $stage" >&2; exit 2 ;;
     esac
 done

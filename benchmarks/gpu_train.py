@@ -8,24 +8,16 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch import nn
 
+from fastai_smooth.kernels import smooth_linear_cross_entropy
 from gpu_common import DEVICE, EPS, START, Rows, free, liger, ms, ours, peak, sized
 
 STEPS, FIRST = 20, 8
 LOSSES = dict(hard=F.cross_entropy, eager=partial(F.cross_entropy, label_smoothing=EPS), ours=ours)
 
-def in_chunks(h, W, y, chunk, loss_func=ours):
-    "Loss and gradients of h @ W.T, without all logits at once: a chunk's become its gradient, which is used up at once."
-    dh, dW, total = torch.empty_like(h), torch.zeros_like(W), 0.
-    for i in range(0, len(h), chunk):
-        rows = slice(i, i + chunk)
-        x = (h[rows] @ W.T).requires_grad_()
-        loss = loss_func(x, y[rows], reduction='sum')
-        g, = torch.autograd.grad(loss, x)
-        del x
-        torch.mm(g, W, out=dh[rows])
-        dW.addmm_(g.T, h[rows])
-        total += loss.detach()
-    return total / len(h), dh.div_(len(h)), dW.div_(len(h))
+def in_chunks(h, W, y, rows, backend):
+    "Loss and gradients of h @ W.T, without all logits at once."
+    loss = smooth_linear_cross_entropy(h, W, y, EPS, chunk_rows=rows, backend=backend)
+    return loss, *torch.autograd.grad(loss, (h, W))
 
 def whole(h, W, y, loss_func):
     "The same with all logits."
@@ -45,8 +37,8 @@ def head(what):
         g = torch.randn(n, k, device=DEVICE).bfloat16()
         step = torch.no_grad()(lambda: products(h, W, g))
     elif what.startswith('chunks'):
-        chunk, a, b = max(1, n * int(what.split()[1]) // 8192), h.detach(), W.detach()
-        step = lambda: in_chunks(a, b, y, chunk)
+        _, rows, backend = what.split()
+        step = partial(in_chunks, h, W, y, max(1, n * int(rows) // 8192), backend)
     elif what == 'Liger fused':
         f = partial(liger().liger_fused_linear_cross_entropy, label_smoothing=EPS)
         step = lambda: torch.autograd.grad(f(h, W, y), (h, W))
@@ -105,7 +97,8 @@ def together(make):
 def main(path, parts=('head', 'resnet', 'lm')):
     out = Rows(path)
     if 'head' in parts:
-        for what in ('products', 'chunks 1024', 'chunks 2048', 'chunks 512', 'whole ours', 'whole eager', *['Liger fused'] * bool(liger())):
+        for what in ('products', 'chunks 2048 triton', 'chunks 1024 triton', 'chunks 512 triton', 'chunks 2048 torch', 'whole ours',
+                     'whole eager', *['Liger fused'] * bool(liger())):
             out.run(f'head: {what}', head, what, say=lambda r: f"{r['ms']:8.2f} ms, peak {r['peak_logits']:.2f} of the logits "
                     + ' '.join(f'{e:.1e}' for e in r.get('errors', ())))
     for name, make in (('resnet', resnet), ('lm', lm)):

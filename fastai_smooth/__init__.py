@@ -2,6 +2,7 @@
 
 Modules:
 
+- `fastai_smooth.kernels.linear`: The losses of a linear layer, of whose logits only a chunk of rows is there at a time.
 - `fastai_smooth.kernels.sharded`: The softmax head for classes that are too many for one device: logits as a DTensor that is sharded along the class axis.
 - `fastai_smooth.kernels.sigmoid`: The sigmoid head in torch ops, with a hand-written gradient.
 - `fastai_smooth.kernels.softmax`: The softmax head in torch ops: a formula that torch can differentiate and compile, and a loop that computes it in the cache.

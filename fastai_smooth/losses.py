@@ -105,7 +105,7 @@ def _teaches_nothing(self:LabelSmoothingCrossEntropy, eps): return not isinstanc
 def _look(self:LabelSmoothingCrossEntropy, input, target):
     "Do soft targets on a GPU sum to 1? Looking makes a GPU wait, so this loss looks at the first ones only. On a CPU all are looked at."
     if self._looked or self.multi_hot or not target.is_floating_point() or target.device.type in ('cpu','meta'): return
-    if K.tracing(input, target) or target.is_cuda and torch.cuda.is_current_stream_capturing(): return
+    if K.tracing(target) or target.is_cuda and torch.cuda.is_current_stream_capturing(): return
     check_soft_rows(target, class_axis(input, self.axis))
     self._looked = True
 
@@ -205,6 +205,7 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
     def _reshaped(self, inp, targ):
         a = class_axis(inp, self.axis) if inp.ndim else 0
         shape = inp.shape[:a] + inp.shape[a+1:]
+        if targ.ndim > inp.ndim == 2 and targ.shape[-1] == inp.shape[-1] > 1: targ = targ.flatten(0, -2) # soft labels of `FusedHead`'s rows
         dense = targ.shape == inp.shape and (targ.is_floating_point() or self.multi_hot) # (N,1) indices of a single class are not
         return targ if dense or targ.shape == shape or targ.numel() != shape.numel() else targ.reshape(shape)
 

@@ -30,14 +30,16 @@ def has_no_storage(*tensors) -> bool:
         if type(t) is not Tensor or t.is_meta: return True
     return False
 
-def plain_grad(x: Tensor, grad_output: Tensor, plain_loss, *args):
-    """The gradient of `plain_loss(x, *args)`, where it must be made by plain ops; else None.
+def plain_grads(inputs, grad_output: Tensor, plain_loss, *args):
+    """The gradients of `plain_loss(*inputs, *args)`, where they must be made by plain ops; else None.
 
-    That is where it will be differentiated again, is transformed, or is asked for many a `grad_output` at once (`is_grads_batched`)."""
+    That is where they will be differentiated again, under torch.func, or for many a `grad_output` at once (`is_grads_batched`)."""
     again = torch.is_grad_enabled()
     if not (again or transforming() or torch._C._functorch.is_legacy_batchedtensor(grad_output)): return None
-    with torch.enable_grad(): loss = plain_loss(x, *args)
-    return torch.autograd.grad(loss, x, grad_output, create_graph=again)[0]
+    with torch.enable_grad(): loss = plain_loss(*inputs, *args)
+    wanted = [v is not None and v.requires_grad for v in inputs]
+    grads = iter(torch.autograd.grad(loss, [v for v, wants in zip(inputs, wanted) if wants], grad_output, create_graph=again))
+    return [next(grads) if wants else None for wants in wanted]
 
 def room_for_grad(x: Tensor):
     """Memory for a gradient that the forward makes, before it is known what it will be multiplied by; None where the backward makes it.

@@ -267,6 +267,16 @@ def check_soft_rows(target: Tensor, axis: int):
 def check_device(x, target):
     if target.device != x.device: raise ValueError(f"target is on {target.device}, input on {x.device}: move one of them")
 
+def check_linear(x, weight, bias):
+    "`weight` and `bias` are those of a linear layer that takes `x`; that their dtypes go together, PyTorch checks."
+    if not x.dim() == weight.dim() == 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"input must have shape (N, F) and linear_weight (K, F), got {tuple(x.shape)} and {tuple(weight.shape)}; "
+                         "input.flatten(0, -2) and target.flatten() make rows of texts")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_bias must have shape {tuple(weight.shape[:1])}, a value a class, got {tuple(bias.shape)}")
+    for v in (weight, bias):
+        if v is not None and v.device != x.device: raise ValueError(f"the layer is on {v.device}, input on {x.device}: move one of them")
+
 def check_reduction(reduction):
     if reduction not in REDUCTIONS: raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 

@@ -3,14 +3,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from . import sigmoid, softmax
-from .arguments import prepare
+from .arguments import broadcast, linear_logits, needs_grad, prepare, tensor_of, unwrapped, unwrapped_logits, unwrapped_options
 from .autograd import accumulator, has_no_storage, tracing
 from .checks import (check_dense, check_device, check_indices, check_label_eps, check_labels, check_needs_no_index, check_prior,
                      check_reduction, check_smoothing, check_soft_rows, check_values, check_whole, is_index, is_sharded, label_prior,
                      resolve_indices)
+from .linear import LinearLogits, linear_loss
 from .targets import SigmoidTarget, Smoothing, eps_pair, label_axis, one_hot, smooth_labels
 
-__all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits']
+__all__ = ['smooth_targets', 'smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits', 'smooth_linear_cross_entropy',
+           'smooth_linear_binary_cross_entropy_with_logits']
 
 BACKENDS = 'torch', 'triton'
 
@@ -164,6 +166,37 @@ def smooth_binary_cross_entropy_with_logits(
     Source: Szegedy et al. 2016, arXiv:1512.00567, for each label with its two classes; Keras' `BinaryCrossentropy`."""
     return binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reduction, axis, backend)
 
+def smooth_linear_cross_entropy(
+    input: Tensor,              # What the linear layer takes, (N,F)
+    linear_weight: Tensor,      # Its weight, (K,F)
+    target: Tensor,             # As of `smooth_cross_entropy`: class indices (N,), or soft labels (N,K)
+    eps: float | Tensor = .1,   # As there
+    *,
+    linear_bias: Tensor = None, # Of the layer, (K,)
+    chunk_rows: int = None,     # How many rows of logits there are at a time (None: 16 MB of them, but at least 256, on a GPU 1024)
+    **kwargs                    # Of `smooth_cross_entropy`, all but `axis`
+) -> Tensor: # In nats, as of `smooth_cross_entropy`
+    """`smooth_cross_entropy(F.linear(input, linear_weight, linear_bias), target, eps, **kwargs)`, in memory for a few rows of the logits.
+
+    Logits are made twice, the second time in the backward, for reduction='none' and in float16. Under autocast the products are in its
+    dtype, the loss in float32. Named as PyTorch's `F.linear_cross_entropy`, which has all logits where it smooths. So has this one where a
+    prior, a weight, eps or target needs a gradient, where the gradient is to be differentiated, and under torch.compile and torch.func."""
+    return smooth_cross_entropy(linear_logits(input, linear_weight, linear_bias, chunk_rows), target, eps, axis=1, **kwargs)
+
+def smooth_linear_binary_cross_entropy_with_logits(
+    input: Tensor,              # What the linear layer takes, (N,F)
+    linear_weight: Tensor,      # Its weight, (K,F)
+    target: Tensor,             # As of `smooth_binary_cross_entropy_with_logits`: labels (N,K)
+    eps: float | tuple = .05,   # As there
+    *,
+    linear_bias: Tensor = None, # Of the layer, (K,)
+    chunk_rows: int = None,     # How many rows of logits there are at a time (None: 16 MB of them, but at least 256, on a GPU 1024)
+    **kwargs                    # Of `smooth_binary_cross_entropy_with_logits`, all but `axis`
+) -> Tensor: # In nats, as of `smooth_binary_cross_entropy_with_logits`
+    "`smooth_binary_cross_entropy_with_logits` of a linear layer's logits: see `smooth_linear_cross_entropy`."
+    logits = linear_logits(input, linear_weight, linear_bias, chunk_rows)
+    return smooth_binary_cross_entropy_with_logits(logits, target, eps, axis=None, **kwargs)
+
 # --- what the modules call --------------------------------------------------------------------------------------------
 
 def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axis, backend, checked=False):
@@ -177,9 +210,17 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     smoothing = unwrapped_options(smoothing)
     check_reduction(reduction)
     if is_sharded(x): return sharded_cross_entropy(x, y, smoothing, weight, ignore_index, reduction, axis, checked)
-    traced = tracing(x, y)
+    linear = type(x) is LinearLogits
+    traced = tracing(x.parts[0] if linear else x, y)
     target = prepare(x, y, smoothing, weight, ignore_index, axis, look=x.is_cpu and not traced, checked=checked)
     others = needs_grad(y, weight, smoothing.prior, smoothing.eps)
+    if linear:
+        if target.axis != 1: raise ValueError(f"the logits of a linear layer have their classes along axis 1, got axis={axis}")
+        resolved, plain = resolve_indices(target, x, traced), traced or others
+        scale = None if plain else resolved.scale(x, reduction)
+        # the fused kernel looks for ignored rows by itself
+        if heads and not plain: return linear_loss(x, target, reduction, scale, heads.softmax.GRAD_LATE, plain)
+        return linear_loss(x, resolved, reduction, scale, softmax, plain)
     if heads and not others and not (traced and has_no_storage(x, y)) and heads.softmax.supports(x, target):
         return heads.softmax.softmax_loss(x, target, reduction)
     return softmax.softmax_loss(x, resolve_indices(target, x, traced), reduction, traced or others)
@@ -209,53 +250,11 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
         prior = prior.to(x.device, accumulator(x))
     e0, e1 = (e if isinstance(e, float) else broadcast('prior', e, x) for e in eps_pair(eps, label_prior(prior, x.shape, axis)))
     target = SigmoidTarget(y, e0, e1, broadcast('weight', weight, x), broadcast('pos_weight', pos_weight, x))
-    traced, others = tracing(x, y), needs_grad(y, prior, weight, pos_weight)
+    linear = type(x) is LinearLogits
+    traced, others = tracing(x.parts[0] if linear else x, y), needs_grad(y, prior, weight, pos_weight)
+    if linear:
+        head = heads.sigmoid.GRAD_LATE if heads and not (traced or others) else sigmoid
+        return linear_loss(x, target, reduction, target.scale(x, reduction), head, traced or others)
     if heads and not others and not (traced and has_no_storage(x, y)) and heads.sigmoid.supports(x, target):
         return heads.sigmoid.sigmoid_loss(x, target, reduction)
     return sigmoid.sigmoid_loss(x, target, reduction, traced or others)
-
-def unwrapped(name, t):
-    """A tensor without its subclass (fastai's TensorBase); those that carry their own dispatch (fake, distributed) stay.
-
-    One from inference mode could not be saved for a backward: a copy of it can."""
-    if type(t) is not Tensor:
-        if not isinstance(t, Tensor): check_dense(name, t)
-        if type(t).__torch_dispatch__ == Tensor.__torch_dispatch__: t = t.as_subclass(Tensor)
-    if t.layout is not torch.strided or t.is_nested: check_dense(name, t)
-    if torch.compiler.is_compiling(): return t
-    if t.is_neg(): t = t.resolve_neg()  # torch's copy_ of float16 to float32 would lose the sign
-    return t.clone() if t.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled() else t
-
-def unwrapped_logits(input):
-    "The logits, unwrapped; a TypeError for what is not floating point."
-    x = unwrapped('input', input)
-    if not x.is_floating_point(): raise TypeError(f"input must be floating point logits, got {x.dtype}")
-    return x
-
-def tensor_of(name, v):
-    "`v`, or a tensor of what is in its lists, array or DataFrame."
-    try: return torch.as_tensor(v.to_numpy().copy() if hasattr(v, "to_numpy") else v)  # pandas' own array may be read-only
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise TypeError(f"{name} must be a tensor, or numbers in lists or an array, got {type(v).__name__} ({e})") from None
-
-def unwrapped_options(s):
-    "A `Smoothing` whose tensors are."
-    if s.prior is None and not isinstance(s.eps, Tensor): return s
-    eps = unwrapped('eps', s.eps) if isinstance(s.eps, Tensor) else s.eps
-    return Smoothing(eps, None if s.prior is None else unwrapped('prior', s.prior), s.spread, s.multi_hot)
-
-def needs_grad(*others) -> bool:
-    "Does anything else than the logits need a gradient?"
-    if torch.is_grad_enabled():
-        for o in others:
-            if isinstance(o, Tensor) and o.requires_grad: return True
-    return False
-
-def broadcast(name, v, x):
-    "A tensor in the accumulator's dtype, broadcast to the shape of `x` without a copy; None as it is."
-    if v is None: return v
-    v = unwrapped(name, v)
-    check_dense(name, v)
-    check_values(name, v, x)
-    try: return v.to(x.device, accumulator(x)).expand(x.shape)
-    except RuntimeError: raise ValueError(f"{name} must broadcast to input's shape {tuple(x.shape)}, got {tuple(v.shape)}") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .autograd import accumulator, eager_on_cpu, plain_grad, room_for_grad, scaled_grad
+from .autograd import accumulator, eager_on_cpu, plain_grads, room_for_grad, scaled_grad
 from .checks import REDUCTIONS
 from .chunks import chunks, part
 from .targets import SigmoidTarget, smooth_labels
@@ -50,9 +50,10 @@ def chunk_losses(x: Tensor, target: SigmoidTarget, grad: Tensor | None, factor) 
     torch.mul(p, factor, out=grad)
     return losses
 
-def loss_and_grad(x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor | None = None, factor=1.) -> Tensor:
-    "The loss, by chunks. `grad`, if given, gets its gradient times `factor` (a number, or one a logit)."
-    scale = 1 / max(1, x.numel()) if reduction == 'mean' else 1.
+def loss_and_grad(x: Tensor, target: SigmoidTarget, reduction: str, scale: float, grad: Tensor | None = None, factor=1.) -> Tensor:
+    """The loss, where `scale` is 1 over the number of logits for a mean, else 1; by chunks.
+
+    `grad`, if given, gets its gradient times `factor` (a number, or one a logit)."""
     total, losses = 0., torch.empty_like(x, dtype=accumulator(x)) if reduction == 'none' else None
     for chunk in chunks(x, None, megabytes=1):
         args = part(x, chunk), target.chunk(chunk), part(grad, chunk), part(factor * scale, chunk)
@@ -64,21 +65,21 @@ class SigmoidLoss(torch.autograd.Function):
     "The loss with its gradient by hand: made in the forward or, as in `SoftmaxLoss` and for its reasons, in the backward."
 
     @staticmethod
-    def forward(ctx, x, target, reduction):
+    def forward(ctx, x, target, reduction, scale):
         ctx.save_for_backward(x, *target.tensors())
-        ctx.rest = target, reduction
+        ctx.rest = target, reduction, scale
         ctx.grad = grad = room_for_grad(x)
-        return loss_and_grad(x, target, reduction, grad)
+        return loss_and_grad(x, target, reduction, scale, grad)
 
     @staticmethod
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
-        target, reduction = ctx.rest
+        target, reduction, scale = ctx.rest
         grad, ctx.grad = ctx.grad, None
-        plain = plain_grad(x, grad_output, plain_loss, target, reduction)
-        if plain is not None: return plain, None, None
-        make = lambda factor, out: loss_and_grad(x, target, 'mean' if reduction == 'mean' else 'sum', out, factor)
-        return scaled_grad(x, grad, grad_output, make), None, None
+        plain = plain_grads([x], grad_output, plain_loss, target, reduction)
+        if plain is not None: return *plain, None, None, None
+        make = lambda factor, out: loss_and_grad(x, target, 'sum', scale, out, factor)
+        return scaled_grad(x, grad, grad_output, make), None, None, None
 
 def plain_loss(x: Tensor, target: SigmoidTarget, reduction: str) -> Tensor:
     "The loss, accumulated in float32 (float64 for float64), in ops that torch can differentiate and compile."
@@ -92,8 +93,9 @@ def plain_loss(x: Tensor, target: SigmoidTarget, reduction: str) -> Tensor:
 def sigmoid_loss(x: Tensor, target: SigmoidTarget, reduction: str, plain: bool) -> Tensor:
     "The loss of logits `x`; `plain` where something else than `x` needs a gradient, or torch is tracing."
     if plain: return plain_loss(x, target, reduction)
-    if x.requires_grad and torch.is_grad_enabled(): return SigmoidLoss.apply(x, target, reduction)
-    return loss_and_grad(x, target, reduction)
+    scale = target.scale(x, reduction)
+    if x.requires_grad and torch.is_grad_enabled(): return SigmoidLoss.apply(x, target, reduction, scale)
+    return loss_and_grad(x, target, reduction, scale)
 
 def pytorch_loss(x, y, eps, prior, weight, pos_weight, reduction):
     "PyTorch's own loss of few logits; None for other options than a pos_weight a label, and where the checks have to say what is wrong."

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .autograd import accumulator, eager_on_cpu, plain_grad, room_for_grad, scaled_grad
+from .autograd import accumulator, eager_on_cpu, plain_grads, room_for_grad, scaled_grad
 from .checks import REDUCTIONS, check_soft_rows
 from .chunks import chunks, part
 from .targets import Smoothing, SoftmaxTarget, along, coefficients
@@ -177,8 +177,8 @@ class SoftmaxLoss(torch.autograd.Function):
         x, *_ = ctx.saved_tensors
         target, reduction, scale = ctx.rest
         grad, ctx.grad = ctx.grad, None
-        plain = plain_grad(x, grad_output, plain_loss, target, reduction)
-        if plain is not None: return plain, None, None, None
+        plain = plain_grads([x], grad_output, plain_loss, target, reduction)
+        if plain is not None: return *plain, None, None, None
         if grad_output.dim():
             if target.ignored is not None: grad_output = grad_output.masked_fill(target.ignored, 0)  # 0 times inf would be nan
             grad_output = grad_output.unsqueeze(target.axis)
@@ -197,8 +197,7 @@ def plain_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
 def softmax_loss(x: Tensor, target: SoftmaxTarget, reduction: str, plain: bool) -> Tensor:
     "The loss of logits `x`; `plain` where something else than `x` needs a gradient, or torch is tracing."
     if plain: return plain_loss(x, target, reduction)
-    scale = 1 / target.denominator(x) if reduction == 'mean' else 1.
-    if isinstance(scale, Tensor) and x.is_cpu: scale = scale.item()
+    scale = target.scale(x, reduction)
     if x.requires_grad and torch.is_grad_enabled(): return SoftmaxLoss.apply(x, target, reduction, scale)
     return loss_and_grad(x, target, reduction, scale)
 

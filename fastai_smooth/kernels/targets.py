@@ -125,6 +125,11 @@ class SoftmaxTarget(NamedTuple):
         w = of_class(self.weight, self.target)
         return mean_over((w if self.ignored is None else w.masked_fill(self.ignored, 0)).sum(), rows)
 
+    def scale(self, x: Tensor, reduction: str):
+        "What the sum of losses is multiplied by; on a CPU a number."
+        scale = 1 / self.denominator(x) if reduction == 'mean' else 1.
+        return scale.item() if isinstance(scale, Tensor) and x.is_cpu else scale
+
 def of_class(v: Tensor, index: Tensor) -> Tensor:
     "`v[index]`, which would look at the value of a scalar index."
     return v[index] if index.dim() else v[index[None]][0]
@@ -168,10 +173,15 @@ class SigmoidTarget(NamedTuple):
     e1: float | Tensor
     weight: Tensor | None = None
     pos_weight: Tensor | None = None
+    ignored = None  # as a `SoftmaxTarget` has: there are no such labels
 
     def tensors(self):
         "Those that the gradient is computed from: saved, so that autograd sees when one was changed in place."
         return [v for v in self if isinstance(v, Tensor)]
+
+    def scale(self, x: Tensor, reduction: str):
+        "What the sum of losses is multiplied by."
+        return 1 / max(1, x.numel()) if reduction == 'mean' else 1.
 
     def chunk(self, chunk) -> SigmoidTarget:
         "The target of this chunk of the logits."

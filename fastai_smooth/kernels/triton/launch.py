@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 from torch import Tensor
-from ..autograd import plain_grad
+from ..autograd import plain_grads
 
 if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 6):
     raise ImportError(f'3.6 is the oldest that is known to work, this is {triton.__version__}')
@@ -159,9 +159,17 @@ def runs_on(x: Tensor) -> bool: return x.is_cuda or INTERPRETED and x.is_cpu
 class Head(NamedTuple):
     "A loss by kernels."
     forward: Callable     # (x, target, reduction, grad) -> the loss, *kept for the backward; and into `grad` the gradient
-    backward: Callable    # (grad_output, x, target, reduction, *kept, grad) -> the gradient; `grad` is that for a factor of 1, or None
+    backward: Callable    # (grad_output, x, target, reduction, *kept, grad, out) -> the gradient; `grad` is that for a factor of 1, or None
     plain_loss: Callable  # (x, target, reduction) -> the loss in ops that torch can differentiate
     grad_early: bool      # Does the forward make the gradient, for a `grad_output` of 1?
+
+    def loss_and_grad(self, x, target, reduction, scale, grad=None, factor=1.):
+        "As that of the torch implementation, of logits (N,K). `factor` is a number, or a tensor with one for each loss."
+        loss, *kept = self.forward(x, target, reduction, None)
+        if grad is not None:
+            factor = (loss.new_ones(()) * (factor * scale)).reshape(loss.shape)  # made on the GPU: a copy of a number would wait for it
+            self.backward(factor, x, target, reduction, *kept, out=grad)
+        return loss * scale
 
 class FusedLoss(torch.autograd.Function):
     "The loss of a `Head` with its gradient: made in the forward or in the backward."
@@ -180,9 +188,9 @@ class FusedLoss(torch.autograd.Function):
         (target, reduction, head), kept = ctx.args, ctx.kept
         grad, ctx.grad = ctx.grad, None
         if x.stride() != ctx.strides: grad, kept = None, kept[:1]  # a hook of saved tensors has changed the layout: rows have another order
-        plain = plain_grad(x, grad_output, head.plain_loss, target, reduction)
-        if plain is None: plain = head.backward(grad_output, x, target, reduction, *kept, grad=grad)
-        return plain, None, None, None
+        plain = plain_grads([x], grad_output, head.plain_loss, target, reduction)
+        if plain is not None: return *plain, None, None, None
+        return head.backward(grad_output, x, target, reduction, *kept, grad=grad), None, None, None
 
 def fused_loss(x: Tensor, target, reduction: str, head: Head) -> Tensor:
     "The loss of logits `x`; of none by plain ops, since there is nothing to launch."

@@ -158,21 +158,23 @@ def forward(x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor | Non
     run(tensors_for(x, target, loss=loss, grad=grad), target, reduction, ticket)
     return loss,
 
-def backward(grad_output: Tensor, x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor | None = None) -> Tensor:
-    """The gradient times `grad_output`, in half precision rounded once. `grad`, if given, is that for a `grad_output` of 1, and stays as it
-    is where it is 1."""
+def backward(grad_output: Tensor, x: Tensor, target: SigmoidTarget, reduction: str, grad: Tensor | None = None,
+             out: Tensor | None = None) -> Tensor:
+    "The gradient times `grad_output`, rounded once, in `out`. `grad`, if given, is that for a `grad_output` of 1, and becomes it."
     if grad is not None and x.dtype == accumulator(x) and x.nbytes < launch.EARLY_MB << 20:
         return grad.mul_(grad_output)  # few logits wait for the CPU, which is done with torch's product in a third of the time
-    out = torch.empty_like(x) if grad is None else grad
+    out = grad if grad is not None else torch.empty_like(x) if out is None else out
     run(tensors_for(x, target, grad=out, grad_output=grad_output.resolve_neg()), target, reduction, grad_ready=grad is not None)
     return out
+
+GRAD_LATE = launch.Head(forward, backward, plain_loss, grad_early=False)
 
 def sigmoid_loss(x: Tensor, target: SigmoidTarget, reduction: str) -> Tensor:
     """The loss of logits `x`, for a target that the kernel supports.
 
     They get their gradient with it, but not in float16, whose losses are mostly scaled."""
     if torch.compiler.is_compiling(): return sigmoid_forward(x, *op_args(x, target), reduction)
-    return launch.fused_loss(x, target, reduction, launch.Head(forward, backward, plain_loss, x.dtype != torch.float16))
+    return launch.fused_loss(x, target, reduction, GRAD_LATE._replace(grad_early=x.dtype != torch.float16))
 
 # --- the same as custom ops, which torch.compile takes as they are ----------------------------------------------------
 

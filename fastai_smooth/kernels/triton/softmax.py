@@ -11,7 +11,7 @@ from .rows import Spec
 from .softmax_kernels import denominator_kernel, gradient_kernel, softmax_kernel
 from ..autograd import accumulator, transforming
 from ..checks import check_indices, resolve_indices
-from ..softmax import plain_loss
+from .. import softmax as on_torch
 from ..targets import Smoothing, SoftmaxTarget
 
 class Tile(NamedTuple):
@@ -122,11 +122,11 @@ def forward(x: Tensor, target: SoftmaxTarget, reduction: str, grad: Tensor | Non
     return loss, denominator, row_stats, (args, axes, tile)
 
 def backward(grad_output: Tensor, x: Tensor, target: SoftmaxTarget, reduction: str, denominator: Tensor | None,
-             row_stats: Tensor | None = None, shared: tuple | None = None, grad: Tensor | None = None) -> Tensor:
-    """The gradient times `grad_output`, rounded once. `grad`, if given, is that for a `grad_output` of 1, and stays as it is where it is 1.
+             row_stats: Tensor | None = None, shared: tuple | None = None, grad: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The gradient times `grad_output`, rounded once, in `out`. `grad`, if given, is that for a `grad_output` of 1, and becomes it.
 
     `shared` are the arguments that the forward has made, None where they are not at hand."""
-    out = torch.empty_like(x) if grad is None else grad
+    out = grad if grad is not None else torch.empty_like(x) if out is None else out
     if shared is None or grad is None and out.stride() != x.stride():  # the gradient does not lie as the forward took for granted
         axes, spec, tile = plan(x, target, out)
         shared = kernel_args(x, target, reduction, axes, spec), axes, tile
@@ -139,9 +139,11 @@ def backward(grad_output: Tensor, x: Tensor, target: SoftmaxTarget, reduction: s
     with launch.on_device(x): launch.run(kernel, launch.grid_size(args['tiles'], x.device, tile.programs), args, num_warps=tile.warps)
     return out
 
-def differentiable_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
+def plain_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     "The loss in ops that torch can differentiate."
-    return plain_loss(x, resolve_indices(target, x, transforming()), reduction)
+    return on_torch.plain_loss(x, resolve_indices(target, x, transforming()), reduction)
+
+GRAD_LATE = launch.Head(forward, backward, plain_loss, grad_early=False)
 
 def softmax_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     """The loss of logits `x`, for a target that the kernels support.
@@ -149,7 +151,7 @@ def softmax_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     Many logits get their gradient with it, but not in float16, whose losses are mostly scaled."""
     if torch.compiler.is_compiling(): return softmax_forward(x, *op_args(x, target), reduction, spans_blocks(x, target.axis))[0]
     grad_early = x.dtype != torch.float16 and x.nbytes >= launch.EARLY_MB << 20
-    return launch.fused_loss(x, target, reduction, launch.Head(forward, backward, differentiable_loss, grad_early))
+    return launch.fused_loss(x, target, reduction, GRAD_LATE._replace(grad_early=grad_early))
 
 # --- the same as custom ops, which torch.compile takes as they are ----------------------------------------------------
 

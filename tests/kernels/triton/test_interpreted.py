@@ -12,6 +12,7 @@ TESTS = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('files', ['kernels/test_softmax.py kernels/test_sigmoid.py', pytest.param('kernels/test_autograd.py kernels/test_functional.py', marks=pytest.mark.long),
+                                   pytest.param('kernels/test_linear.py', marks=pytest.mark.long),
                                    'kernels/triton/test_launch.py kernels/triton/test_softmax.py kernels/triton/test_sigmoid.py'])
 def test_on_triton(files):
     "Every test of the torch implementation that says something about a kernel, on the Triton one; hardly anything falls back."
