@@ -6,6 +6,7 @@ from .prior import *
 from .callback import *
 from .smoothed import *
 from .online import OnlineLabelSmoothing
+from .fused import FusedHead
 from .learner import *
 from .measures import nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error
 from .intervals import null_floor, bootstrap_interval

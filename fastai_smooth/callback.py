@@ -238,7 +238,7 @@ class LabelSmoothingScheduler(Callback):
 
     Validation, and all else but training, goes by the configured eps, which is back after the fit; an eps that you set meanwhile is kept.
     The values are in `recorder.hps['eps']` then (`recorder.plot_sched()`). A validation that a callback starts sets `pct_train` to 0."""
-    order,run_valid = math.inf,False # the last before the loss; and after ParamScheduler, whose after_fit overwrites recorder.hps
+    order,run_valid = 1e9,False # the last before the loss; and after ParamScheduler, whose after_fit overwrites recorder.hps
     _stateattrs = ('_owner','_configured','_scheduled')
     _owner=_configured=_scheduled = None
 

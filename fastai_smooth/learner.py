@@ -17,6 +17,7 @@ from .smoothed import *
 from .smoothed import (found_loss, is_online, loss_of, set_loss, sigmoid_losses, smoothed_sigmoid_losses, smoothing_losses, softmax_options,
                                    with_temperature_of)
 from .online import OnlineLabelSmoothing
+from .fused import FusedHead, found_head
 from .online import check_classes, online_loss
 
 # %% ../nbs/08_learner.ipynb #lrnonl00
@@ -65,18 +66,29 @@ def to_smooth(self:Learner,
     # of `dls.train`; 'online': what the model predicted in the epoch before
     prior:Tensor|str=None,
     spread:str='all', # One-class losses: 'all' (true class 1-eps+eps/K, others eps/K) or 'others' (1-eps, eps/(K-1))
-    smooth_valid:bool=False # Smooth the validation loss too
+    smooth_valid:bool=False, # Smooth the validation loss too
+    # Train without having all logits of a batch, for thousands of classes: adds a `FusedHead`, of the last `nn.Linear`, or of the one that
+    # is given. For losses of one label a row
+    fused_head:bool|nn.Linear=False
 ) -> Learner: # self
     """Turns label smoothing on, as fits the loss of this Learner, for training only unless `smooth_valid`; `to_hard` undoes it.
 
     Cross entropy (`CrossEntropyLossFlat`, `nn.CrossEntropyLoss`, `F.cross_entropy`, or smoothed already) is replaced by a
     `LabelSmoothingCrossEntropyFlat` with the same class axis, weight, ignore_index and reduction. To `BCEWithLogitsLossFlat` and
     `nn.BCEWithLogitsLoss` a `MultiLabelSmoothingCallback` is added, and for prior='online' of cross entropy an
-    `OnlineLabelSmoothing`. Any other loss is a TypeError, and the Learner is unchanged."""
+    `OnlineLabelSmoothing`. Any other loss is a TypeError, and the Learner is unchanged. A `FusedHead` stays until `to_hard`."""
     eps,prior = getattr(eps, 'eps', eps),ifnone(prior, getattr(eps, 'prior', None)) # of what eps_find suggests
     if isinstance(eps, str):
         raise TypeError(f'eps must be a number, got {eps!r}; to train with what eps_find suggests: learn.to_smooth(learn.eps_find(3))')
     new,cbs = _smooth_parts(found_loss(self), self.dls, eps, prior, spread, smooth_valid)
+    if fused_head and new is found_loss(self):
+        raise ValueError('fused_head is for losses of one label a row, as MultiLabelSmoothingCallback needs the logits: for several '
+                         'labels use loss_func=LabelSmoothingBCEWithLogitsFlat(), and cbs=FusedHead()')
+    if fused_head:
+        fused = FusedHead(None if fused_head is True else fused_head)
+        found_head(self, fused.head) # an error where there is none
+        cbs.append(fused)
+        self.remove_cb(FusedHead)
     before = first(self._grab_cbs(_smoothers))
     self.remove_cbs(self._grab_cbs(_smoothers))
     set_loss(self, with_temperature_of(self, new))
@@ -99,14 +111,14 @@ class LabelSmoothingFlag(Callback):
 @patch
 def to_hard(self:Learner) -> Learner: # self
     """Turns smoothing off: the loss that `to_smooth` found is back, the very object (a copy where a
-    temperature is kept), and a `MultiLabelSmoothingCallback` or `OnlineLabelSmoothing` is gone."""
+    temperature is kept), and a `MultiLabelSmoothingCallback`, `OnlineLabelSmoothing` or `FusedHead` is gone."""
     loss,cbs = found_loss(self),self._grab_cbs((*_smoothers,LabelSmoothingFlag))
     if loss is untempered(base_loss(self.loss_func)) and not cbs:
         ours = isinstance(loss, (LabelSmoothingCrossEntropyFlat,LabelSmoothingBCEWithLogitsFlat))
         raise ValueError('this Learner has no smoothing to turn off: to_smooth was not called on it'
                          + ('; its loss smooths by itself: set learn.loss_func.eps = 0' if ours else ''))
     set_loss(self, with_temperature_of(self, loss))
-    return self.remove_cbs(cbs)
+    return self.remove_cbs(cbs + self._grab_cbs(FusedHead))
 
 # %% ../nbs/08_learner.ipynb #smthby01
 def smooths_by(learn, options):

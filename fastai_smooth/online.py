@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from .callback import epoch_means, in_chunks
 from .kernels.checks import check_eps, check_whole, warn
 from .losses import *
-from .predictions import class_names, prediction_rows
+from .predictions import class_names, prediction_parts
 from .smoothed import *
 from .smoothed import is_online, set_loss, sigmoid_losses, softmax_options, unsmoothed, with_temperature_of
 
@@ -112,8 +112,9 @@ def before_train(self:OnlineLabelSmoothing):
 @patch
 def after_loss(self:OnlineLabelSmoothing):
     "Add up what the model gives to the rows that are right."
-    if self._trains:
-        with torch.no_grad(): self._add(*prediction_rows(self.pred, self._targets(), self._loss()))
+    if not self._trains: return
+    with torch.no_grad():
+        for rows in prediction_parts(self.pred, self._targets(), self._loss()): self._add(*rows)
 
 @patch
 def _targets(self:OnlineLabelSmoothing):

@@ -9,6 +9,7 @@ __all__ = ['prediction_rows', 'RawPreds', 'raw_preds']
 from fastai.basics import *
 from typing import NamedTuple
 from .kernels.checks import check_whole
+from .kernels.linear import LinearLogits
 from .losses import base_loss, label_axis_of
 from .pilot import loader_to_predict, pilot
 
@@ -50,6 +51,12 @@ def prediction_rows(
     targ = targ.reshape(-1).long()
     keep = targ != getattr(getattr(loss, 'func', loss), 'ignore_index', -100)
     return pred.movedim(axis, -1).reshape(-1, k),torch.where(keep, targ, 0),keep
+
+# %% ../nbs/06_predictions.ipynb #predprt0
+def prediction_parts(pred, targ, loss):
+    "`prediction_rows` of all rows at once; of `FusedHead`, which has no logits, of some at a time."
+    parts = pred.by_rows(targ.reshape(len(pred), -1)) if isinstance(pred, LinearLogits) else [(pred,targ)]
+    return (prediction_rows(*o, loss) for o in parts)
 
 # %% ../nbs/06_predictions.ipynb #prednam0
 def class_names(

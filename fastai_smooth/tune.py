@@ -19,7 +19,7 @@ from .smoothed import is_multi, loss_of, smoothed_sigmoid_losses
 from .losses import *
 from .noise import noise_estimate, profile_nll, some_rows
 from .pilot import pilot
-from .predictions import prediction_rows, raw_preds
+from .predictions import prediction_parts, raw_preds
 from .scaling import best_temperature, cross_fitted, row_nll
 from .temperature import TemperatureReminder
 
@@ -65,8 +65,8 @@ class _Errors(Callback):
     def before_validate(self): self.valid.append((len(self.train),[]))
     def after_loss(self):
         if self.learn._grab_cbs(LRFinder): return # its training is undone
-        logits,targs,keep = prediction_rows(self.pred, self.y, base_loss(self.learn.loss_func))
-        wrong = _wrong(logits, targs)[keep]
+        parts = prediction_parts(self.pred, self.y, base_loss(self.learn.loss_func))
+        with torch.no_grad(): wrong = torch.cat([_wrong(logits, targs)[keep] for logits,targs,keep in parts])
         (self.train if self.training else self.valid[-1][1]).append((wrong.sum(),wrong.numel())) # read later: a GPU need not wait
 
     def thirds(self):

@@ -12,11 +12,12 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.rnn import RNNCallback, RNNRegularizer
 from torch.amp import GradScaler, autocast
 
-from fastai_smooth.all import LabelSmoothingScheduler, MultiLabelSmoothingCallback, OnlineLabelSmoothing
+from fastai_smooth.all import FusedHead, LabelSmoothingScheduler, MultiLabelSmoothingCallback, OnlineLabelSmoothing
 
 EPS, SCHED, K, N_TRAIN = .125, SchedLin(.3, .05), 4, 2  # configured eps, scheduled eps, classes, training batches an epoch
 PAIR, PAIRS = (.25, .0625), SchedLin(np.array([.3, 0.]), np.array([.05, .1]))  # of negatives and of positives
 OURS = {'callback': (True, None), 'flag': (False, None), 'online': (False, None), 'pair': (True, None), 'online labels': (True, None)}  # several labels? a schedule?
+OURS |= {'fused flag': (False, None), 'fused online': (False, None)}  # with a FusedHead: of no batch are there all logits
 OURS |= {f'scheduled {kind}': (multi, PAIRS if kind == 'pair' else SCHED) for kind, (multi, _) in OURS.items()}
 
 class OwnSmoothing:
@@ -70,10 +71,10 @@ class CPUMixedPrecision(MixedPrecision):
         self.learn.scaler = GradScaler('cpu', init_scale=2.**10, enabled=dtype == torch.float16)
 
 class NaNAt(Callback):
-    "The predictions of the second batch are nan"
+    "The second batch is nan, and so are its predictions"
     order = -20
-    def after_pred(self):
-        if self.training and self.learn.train_iter == 1: self.learn.pred = self.learn.pred*float('nan')
+    def before_batch(self):
+        if self.training and self.learn.train_iter == 1: self.learn.xb = tuple(x*float('nan') for x in self.xb)
 
 THEIRS = dict(
     fp16=lambda: [CPUMixedPrecision()], bf16=lambda: [CPUMixedPrecision(amp_mode=AMPMode.BF16)],
@@ -83,7 +84,8 @@ THEIRS = dict(
     early_stopping=lambda: [EarlyStoppingCallback(min_delta=10.)],  # nothing is that much better: stops after two epochs
     save_model=lambda: [SaveModelCallback(min_delta=10.)],          # so the first model is the best, and comes back
     terminate_on_nan=lambda: [NaNAt(), TerminateOnNaNCallback()])
-SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag', 'scheduled online', 'scheduled pair', 'scheduled online labels') for name in THEIRS] + [  # and two that meet ours at the same events
+SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag', 'scheduled online', 'scheduled pair', 'scheduled online labels',
+                                           'scheduled fused flag', 'scheduled fused online') for name in THEIRS] + [  # and two that meet ours at the same events
     ('callback', 'fp16', 'accumulation'),  # a scaled loss_grad, scaled again, and batches cancelled before the step
     ('callback', 'fp16', 'clip'), ('callback', 'accumulation', 'rnn'),   # an addition to loss_grad and a scale
     ('callback', 'bf16', 'mixup'), ('callback', 'mixup', 'cutmix'),      # mixed twice
@@ -91,6 +93,8 @@ SETS = [(kind, name) for kind in ('scheduled callback', 'scheduled flag', 'sched
     ('flag', 'cutmix', 'accumulation'), ('flag', 'mixup', 'terminate_on_nan'),  # the fit is cancelled while the loss is swapped
     ('online labels', 'mixup', 'fp16'), ('online labels', 'cutmix', 'accumulation'), ('pair', 'fp16', 'accumulation'),
     ('online', 'mixup', 'fp16'), ('online', 'cutmix', 'accumulation'), ('online', 'mixup', 'terminate_on_nan'),
+    ('fused flag', 'mixup', 'fp16'), ('fused flag', 'cutmix', 'accumulation'), ('fused flag', 'fp16', 'clip'),
+    ('fused online', 'mixup', 'fp16'), ('fused online', 'accumulation', 'rnn'), ('fused online', 'mixup', 'terminate_on_nan'),
     ('scheduled callback', 'save_model', 'early_stopping'), ('scheduled flag', 'mixup', 'param_scheduler')]
 
 class Watch(Callback):
@@ -116,6 +120,7 @@ def make(kind, names=(), ours=True, first=True, path=None):
     learn = tensor_learner(dls, model, loss, path=path, cbs=[] if first else theirs, label_smoothing=flag)
     if ours and not multi and flag is None: mine += learn.to_smooth(EPS, prior='online' if online else None)._grab_cbs(OnlineLabelSmoothing)
     if online and not ours: learn.add_cb((TeacherOfLabels if multi else OwnTeacher)(loss))
+    if ours and 'fused' in kind: mine.append(FusedHead(chunk_rows=3))
     learn.add_cbs([o for o in mine if o not in learn.cbs] + (theirs if first else []) + [grads, Watch()])
     if not ours: loss.learn = learn
     learn.recorder.smooth_loss.beta = 0.  # record each batch's own loss
@@ -134,6 +139,7 @@ def differences(ours, ref, names=('gradients', 'weights', 'losses', 'validation'
 def leftovers(learn, n_epoch=0, names=()):
     "What a fit of ours must not leave behind; and after one of `n_epoch` without a fault, eps is recorded batch by batch"
     res, n = [f'{e} (seen)' for e in learn.watch.wrong], len(learn.recorder.losses)
+    res += ['forward' for m in learn.model.modules() if 'forward' in vars(m)]
     if learn.loss_func is not learn.found: res.append('loss_func')
     if learn.owner.eps != learn.configured: res.append(f'eps {learn.owner.eps}')
     if not (learn.mine and learn.sched and n_epoch and n): return res
@@ -203,7 +209,9 @@ def after_fault(kind, names, *fault):
 
 @pytest.mark.parametrize('ex', FAULTS, ids=lambda o: o.__name__)
 @pytest.mark.parametrize('kind,names', [('scheduled callback', ['accumulation']), ('scheduled flag', ['mixup']), ('scheduled online', ['mixup']),
-                                        ('scheduled online labels', ['accumulation'])], ids=['callback', 'flag', 'online', 'online labels'])
+                                        ('scheduled online labels', ['accumulation']), ('scheduled fused flag', ['accumulation']),
+                                        ('scheduled fused online', ['mixup'])],
+                         ids=['callback', 'flag', 'online', 'online labels', 'fused', 'fused online'])
 def test_fault(kind, names, ex):
     "At every event, before ours and after; two of ours at once, beside a scaled loss_grad and a swapped loss"
     places = [(e, True) for e in FAULTS[ex]] + [(e, False) for e in ('after_pred', 'after_batch') if FAULTS[ex] is IN_FIT]

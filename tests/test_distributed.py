@@ -33,6 +33,8 @@ LEARNERS = {
     'online': lambda two: learner(CrossEntropyLossFlat(), two, label_smoothing='online'),
     'online labels': lambda two: learner(BCEWithLogitsLossFlat(), two, multi=True, label_smoothing='online'),
     'a pair': lambda two: learner(BCEWithLogitsLossFlat(), two, multi=True, label_smoothing=(.2, 0.)),
+    'a fused head': lambda two: learner(CrossEntropyLossFlat(), two, label_smoothing='online', cbs=FusedHead(chunk_rows=3)),
+    'a fused head, weights': lambda two: learner(weighted(), two, junk=True, cbs=[GlobalMean(), FusedHead(chunk_rows=3)]),
     'a schedule': lambda two: learner(CrossEntropyLossFlat(), two, label_smoothing=.1, cbs=LabelSmoothingScheduler(SchedLin(.3, 0.))),
     'weights and ignored rows': lambda two: learner(weighted(), two, junk=True, cbs=GlobalMean()),
     'the same, the flag': lambda two: learner(CrossEntropyLossFlat(weight=W), two, junk=True, label_smoothing=.2, cbs=[GlobalMean(), GradientClip(.5)]),
