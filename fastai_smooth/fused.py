@@ -56,7 +56,7 @@ def before_batch(self:FusedHead):
     "The next call of the model is with a layer that passes on its input."
     model = self.learn.model
     def call(*args, **kwargs):
-        self._put_back()
+        self._put_back() # first, so that an error in the model leaves nothing behind
         with mock.patch.object(self._layer, 'forward', self._pass_on): return model.forward(*args, **kwargs)
     self._call = mock.patch.object(model, 'forward', call)
     self._call.start()

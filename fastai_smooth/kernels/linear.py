@@ -61,23 +61,31 @@ def plain_loss(x, weight, bias, target, run: Run):
     "The loss from all logits, in ops that torch can differentiate and compile."
     return run.head.plain_loss(F.linear(*cast(run.dtype, x, weight, bias)), target, run.reduction)
 
-def by_chunks(x, weight, bias, target, run: Run, needs=(False,) * 3, factor=1.):
-    "The loss; and its gradients of x, weight and bias, None where not in `needs`, times `factor` (a number, or one a loss)."
-    h, w, b = cast(run.dtype, x, weight, bias)
-    logits, reduction = h.new_empty(min(run.chunk_rows, len(h)), len(w)), 'none' if run.reduction == 'none' else 'sum'
-    grad, acc = torch.empty_like(logits) if any(needs) else None, accumulator(logits)
-    dx, dw, db = grads = [v.new_zeros(v.shape, dtype=acc) if need else None for v, need in zip((x, weight, bias), needs)]
+def by_chunks(input, weight, bias, target, run: Run, wanted=(False, False, False), factor=1.):
+    """The loss, and a list of its gradients of input, weight and bias, times `factor` (a number, or one a loss).
+
+    `wanted` says of each of the three whether it is made; else it is None."""
+    x, w, b = cast(run.dtype, input, weight, bias)
+    memory = x.new_empty(min(run.chunk_rows, len(x)), len(w))             # for the logits of one chunk after the other,
+    memory_of_G = torch.empty_like(memory) if any(wanted) else None       # and for their gradient
+    acc = accumulator(memory)
+    grads = [v.new_zeros(v.shape, dtype=acc) if wants else None for v, wants in zip((input, weight, bias), wanted)]
+    of_input, of_weight, of_bias = grads
+    reduction = 'none' if run.reduction == 'none' else 'sum'              # run.scale makes a mean of the sum
     losses = []
-    for i in range(0, len(h), run.chunk_rows):
-        chunk = slice(i, i + run.chunk_rows)
-        rows = h[chunk]
-        z, g = (None if v is None else v[:len(rows)] for v in (logits, grad))
-        torch.mm(rows, w.T, out=z) if b is None else torch.addmm(b, rows, w.T, out=z)
-        loss = run.head.loss_and_grad(z, target.chunk((chunk, slice(None))), reduction, run.scale, g, part(factor, chunk))
+    for start in range(0, len(x), run.chunk_rows):
+        chunk = slice(start, start + run.chunk_rows)
+        rows = x[chunk]
+        logits, G = memory[:len(rows)], None if memory_of_G is None else memory_of_G[:len(rows)]
+        if b is None: torch.mm(rows, w.T, out=logits)
+        else: torch.addmm(b, rows, w.T, out=logits)
+        targets = target.chunk((chunk, slice(None)))
+        loss = run.head.loss_and_grad(logits, targets, reduction, run.scale, G, part(factor, chunk))  # and the gradient of logits, in G
         losses.append(loss if loss.dim() else loss[None])
-        if dx is not None: dx[chunk] = g @ w
-        if dw is not None: dw.addmm_(g.T, rows) if g.dtype == acc else dw.add_(g.T @ rows)
-        if db is not None: db += g.sum(0)
+        if of_input is not None: of_input[chunk] = G @ w
+        if of_weight is not None and G.dtype == acc: of_weight.addmm_(G.T, rows)
+        elif of_weight is not None: of_weight += G.T @ rows               # of half precision, the sum over chunks is in float32
+        if of_bias is not None: of_bias += G.sum(0)
     losses = torch.cat(losses)
     return losses if reduction == 'none' else losses.sum(), grads
 
@@ -87,25 +95,28 @@ class LinearLoss(torch.autograd.Function):
     So does the first one, in float16, which is rounded after the loss scale, and where each loss has its own factor."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, run):
-        ctx.save_for_backward(x, weight, bias, *target.tensors())
-        ctx.rest = target, run
-        early = run.reduction != 'none' and run.dtype != torch.float16
-        loss, grads = by_chunks(x, weight, bias, target, run, *[ctx.needs_input_grad[:3]] * early)
-        ctx.grads = grads if early else None
+    def forward(ctx, input, weight, bias, target, run):
+        ctx.save_for_backward(input, weight, bias, *target.tensors())
+        ctx.rest, ctx.grads = (target, run), None
+        if run.reduction == 'none' or run.dtype == torch.float16: return by_chunks(input, weight, bias, target, run)[0]
+        loss, ctx.grads = by_chunks(input, weight, bias, target, run, ctx.needs_input_grad[:3])
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        parts, (target, run), grads = ctx.saved_tensors[:3], ctx.rest, ctx.grads
-        ctx.grads = None
+        parts, (target, run) = ctx.saved_tensors[:3], ctx.rest
+        grads, ctx.grads = ctx.grads, None
         plain = plain_grads(parts, grad_output, plain_loss, target, run)
         if plain is not None: return *plain, None, None
-        if target.ignored is not None and grad_output.dim(): grad_output = grad_output.masked_fill(target.ignored, 0)  # 0 * inf is nan
-        if grad_output.dim() == 1: grad_output = grad_output[:, None]
-        factor = grad_output.item() if grad_output.is_cpu and not grad_output.dim() else grad_output
+        factor = grad_output
+        if factor.dim():   # one a loss: reduction='none'
+            if target.ignored is not None: factor = factor.masked_fill(target.ignored, 0)  # 0 times inf would be nan
+            if factor.dim() == 1: factor = factor[:, None]
+        elif factor.is_cpu: factor = factor.item()
         if grads is None: _, grads = by_chunks(*parts, target, run, ctx.needs_input_grad[:3], factor)
-        elif not (isinstance(factor, float) and factor == 1): grads = [None if g is None else g.mul_(factor) for g in grads]
+        elif not (isinstance(factor, float) and factor == 1):
+            for g in grads:
+                if g is not None: g.mul_(factor)
         return *(None if g is None else g.to(v.dtype) for g, v in zip(grads, parts)), None, None
 
 def linear_loss(x: LinearLogits, target, reduction: str, scale, head, plain: bool) -> Tensor:
