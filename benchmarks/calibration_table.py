@@ -1,5 +1,5 @@
 "Tables and sentences of calibration.py, made of its rows: `python benchmarks/calibration_table.py` writes calibration.md anew from calibration.json."
-import json, statistics
+import collections, json, statistics
 from pathlib import Path
 
 MEASURES = dict(accuracy=('accuracy', 1), nll=('NLL', 3), t_nll=('NLL T', 3), ece=('ECE', 3), t_ece=('ECE T', 3), aurc=('AURC', 1),
@@ -97,15 +97,19 @@ def against(by, a, b):
 def group_of(case): return f'{"digits" if case[0] == "digits" else "Fashion"}, {"wrong labels" if case[1] else "clean"}'
 
 
-def group_table(by, measure):
-    "Mean differences of pairs of methods by data set, clean or with wrong labels; 40 classes are with Fashion. ± over the seeds that all cases have"
+def group_differences(by, measure, a, b):
+    "By data set, clean or with wrong labels, the mean of a - b over its cases, and 1.96 standard errors over the seeds that all cases have"
     groups = {}
     for c, of in by.items(): groups.setdefault(group_of(c), []).append(of)
-    def cell(cases, a, b):
-        means = [statistics.mean(of[a][s][measure] - of[b][s][measure] for of in cases) for s in complete(by)]
-        return shown(mean_error(means), JUDGED[measure][1], True)
-    head = ['', *[f'{g} ({len(o)} cases)' for g, o in groups.items()]]
-    return table(head, [[f'{a} - {b}', *[cell(o, a, b) for o in groups.values()]] for a, b in PAIRS])
+    return {g: mean_error(statistics.mean(of[a][s][measure] - of[b][s][measure] for of in some) for s in complete(by)) for g, some in groups.items()}
+
+
+def group_table(by, measure):
+    "Mean differences of pairs of methods by data set, clean or with wrong labels; 40 classes are with Fashion. ± over the seeds that all cases have"
+    sizes = collections.Counter(map(group_of, by))
+    head = ['', *[f'{g} ({n} cases)' for g, n in sizes.items()]]
+    def cell(found): return shown(found, JUDGED[measure][1], True)
+    return table(head, [[f'{a} - {b}', *map(cell, group_differences(by, measure, a, b).values())] for a, b in PAIRS])
 
 
 def mean_of(by, method, measure, when): return statistics.mean(o[measure] for c, of in by.items() if when(c) for o in of[method].values())
