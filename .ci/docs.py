@@ -64,6 +64,16 @@ def offline_maths(page, root='./'):
     # the comma after a formula goes into its element, where the line does not break
     return re.sub(r'(<span class="math (inline|display)">)\\[\[(](.*?)\\[\])]</span>([,.;:!?)]*)', drawn, page, flags=re.S)
 
+def columns(page):
+    "Marks what was printed in columns, which scrolls; other code and output wraps"
+    def block(m): return f'<pre class="columns">{m[1]}' if len(re.findall(r'\S {2,}\S', m[1])) > 2 else m[0]
+    return re.sub(r'<pre>(<code>.*?</code></pre>)', block, page, flags=re.S)
+
+def contents(page):
+    "The contents above the text, which are for narrow screens, as a list that folds"
+    return re.sub(r'(<nav id="TOC-body"[^>]*>)<h2>(.*?)</h2>(.*?)</nav>',
+                  r'\1<details><summary>\2</summary>\3</details></nav>', page, flags=re.S)
+
 def build():
     proc, out = proc_nbs(root/'nbs', n_workers=0, force=True), root/'_docs'
     for src in sorted(proc.rglob('*.ipynb')): for_pages(src)
@@ -72,7 +82,9 @@ def build():
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(proc/'_docs', out)
     maths_font(out/'site_libs')
-    for p in out.rglob('*.html'): p.write_text(offline_maths(p.read_text(encoding='utf-8'), '../'*len(p.relative_to(out).parent.parts)), encoding='utf-8')
+    for p in out.rglob('*.html'):
+        page = offline_maths(p.read_text(encoding='utf-8'), '../'*len(p.relative_to(out).parent.parts))
+        p.write_text(contents(columns(page)), encoding='utf-8')
     return '\n'.join(links.check(out)) or None
 
 if __name__ == '__main__': sys.exit(build())

@@ -22,7 +22,7 @@ def shown(cell, pictures):
             path = f'nbs/images/readme-{len(pictures) + 1}.png'
             pictures[path] = base64.b64decode(data['image/png'])
             yield f"![{options.get('fig-alt', '')}]({path})"
-        elif 'text/markdown' in data: yield data['text/markdown'].rstrip('\n')
+        elif 'text/markdown' in data: yield linked(data['text/markdown'])
         elif 'text/plain' in data: yield '\n'.join(f'    {o}'.rstrip() for o in data['text/plain'].rstrip('\n').splitlines())
 
 def readme(path=root/'nbs/index.ipynb'):

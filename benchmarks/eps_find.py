@@ -52,7 +52,7 @@ def measured(logits, targs):
     for prefix, z in (('', logits.double()), ('t_', scaled)):
         probs = z.softmax(1)
         res |= {prefix + k: f(probs, targs).item() for k, f in (('nll', nll), ('ece', calibration_error), ('brier', brier_score))}
-    floor = null_floor(calibration_error, scaled.softmax(1), targs, n_draws=200)
+    floor = if_calibrated(calibration_error, scaled.softmax(1), targs, n_draws=200)
     return dict(accuracy=100 * (logits.argmax(1) == targs).double().mean().item(), t_ece_floor=floor[0].item(), t_ece_floor_95=floor[1].item(), **res)
 
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/peers.py --json benchmarks/cpu.json [--seconds 3] [--shapes 64x10 ...]
 
-README's table is `summary` of that file. Liger-Kernel needs a GPU: gpu_table.py has it."""
+nbs/measured.ipynb shows `summary` of that file. Liger-Kernel needs a GPU: gpu_table.py has it."""
 import argparse, json, random, statistics, time, warnings
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,7 @@ def step_table(rows):
     return '\n'.join(lines)
 
 
-# --- what README says
+# --- what nbs/measured.ipynb shows
 
 def host_ratio(seconds, n=64, k=10, calls=50):
     "Where there is hardly any arithmetic: how many times as long as ours fastai's Flat loss takes, each fifty times back to back"

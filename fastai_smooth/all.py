@@ -9,10 +9,11 @@ from .online import OnlineLabelSmoothing
 from .fused import FusedHead
 from .learner import *
 from .measures import nll, brier_score, calibration_error, classwise_calibration_error, smooth_calibration_error
-from .intervals import null_floor, bootstrap_interval
+from .intervals import if_calibrated, bootstrap_interval
 from .ranking import risk_coverage, risk_at, coverage_at, aurc
 from .metrics import NLL, Brier, ECE, ClasswiseECE, SmoothECE, AURC, NLLAfterT
 from .scaling import best_temperature
 from .interpret import CalibrationInterpretation
 from .tune import EpsSuggestion
 from .distributed import GlobalMean
+from .examples import digits_folder

@@ -8,7 +8,6 @@ __all__ = ['SHAPES', 'QUICK', 'EPS', 'SIGMOID_EPS', 'TOLERANCE', 'in_rounds', 'r
 
 # %% ../nbs/23_bench.ipynb #59429fc5
 import gc, os, random, re, time
-from argparse import ArgumentTypeError
 from functools import partial
 from itertools import accumulate
 from json import dumps
@@ -28,12 +27,9 @@ SHAPES = ['64x10', '512x10', '64x1000', '512x1000', '256x21843', '256x60000', '1
           'sigmoid:64x20', 'sigmoid:256x1000', 'sigmoid:4096x1000']
 QUICK = ['64x10', '512x1000', '256x21843', '8x21x256x256', 'sigmoid:256x1000']
 
-def _written_shape(s):
-    "The type of an option"
-    if not re.fullmatch(r'(sigmoid:)?[1-9]\d*(x[1-9]\d*)+', s):
-        raise ArgumentTypeError(f'{s} is no shape such as 512x1000, 8x21x256x256 or sigmoid:256x1000')
-    if re.fullmatch(r'\d+x1(x.*)?', s): raise ArgumentTypeError(f'{s} has one class: no loss to measure')
-    return s
+def _is_shape(s): return re.fullmatch(r'(sigmoid:)?[1-9]\d*(x[1-9]\d*)+', s) and not re.fullmatch(r'\d+x1(x.*)?', s)
+
+_shape = number('a shape such as 512x1000, 8x21x256x256 or sigmoid:256x1000, with two classes or more', str, _is_shape)
 
 def _sizes(shape): return [int(o) for o in shape.removeprefix('sigmoid:').split('x')]
 
@@ -206,16 +202,17 @@ def bench(
     quick:bool=False, # Few shapes, a short time each
     seconds:positive=None, # For each case (default: 3, or .5 with --quick)
     json:str=None, # Write all numbers to this file, too
-    shapes:list[_written_shape]=None, # Such as 512x1000, 8x21x256x256 (classes second) or sigmoid:256x1000 (default: all that README names)
+    shapes:list[_shape]=None, # Such as 512x1000, 8x21x256x256 (classes second) or sigmoid:64x20 (default: those of What was measured)
     dtypes:list[Literal['float32', 'bfloat16', 'float16']]=('float32',), # Of the logits
 ):
     """How fast are the losses here? Forward and backward, in rounds that run ours and its peers in a random
     order; the ratios are taken within a round. Every contender is checked against float64 first.
 
     columns:
-      / ours     how many times as long as ours it takes (fastai Flat: as ours Flat), median and quartiles over rounds;
-                 too noisy to tell where the quartiles are more than 3 times apart
-      memory     the most that is allocated in forward and backward, in units of the logits: the gradient alone is 1
+
+    - / ours: how many times as long as ours it takes (fastai Flat: as ours Flat), median and quartiles over rounds;
+      too noisy to tell where the quartiles are more than 3 times apart
+    - memory: the most that is allocated in forward and backward, in units of the logits: the gradient alone is 1
 
     On Linux, MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 in the environment keeps freed memory,
     as caching allocators do; without, getting fresh pages weighs most for large tensors."""

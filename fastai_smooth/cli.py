@@ -27,14 +27,14 @@ def _say(message): print(f'fastai_smooth: {" ".join(message.split())}', file=sys
 # --- options
 
 class number:
-    "A type of options: makes a number of text. In signatures it is shown as what it takes."
+    "A type of options: makes a number of text, or what else `kind` does. In signatures it is shown as int, float or str."
     def __init__(self,
         what:str, # Such as 'a number above 0'
-        kind:type, # `int` or `float`
+        kind, # `int` or `float`, or another function of text
         ok, # A function of the number: is it one of these?
     ): self.what,self.kind,self.ok = what,kind,ok
 
-    def __repr__(self): return self.what
+    def __repr__(self): return self.kind.__name__ if self.kind in (int,float) else 'str'
     def __call__(self, s):
         try: x = self.kind(s)
         except ValueError: x = None

@@ -55,15 +55,15 @@ class LabelSmoothingCrossEntropy(_Smooth):
     y_int,_looked = True,False # y interpolation; at soft targets on a GPU
     _at_top = 'eps=1 leaves the label nothing of its own: there is nothing to learn from such targets. The default is .1'
     def __init__(self,
-        eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
-        *, prior:Tensor=None, # Where the mass goes: [K], or [K,K] with a row for each true class (None: all classes alike)
+        eps:float=.1, # Share of the target that is smoothed, in [0,1], or a Tensor[K] with one value for each true class
+        *, prior:Tensor=None, # Distribution to which eps is moved: [K], or [K,K] with a row for each true class (None: uniform)
         spread:str='all', # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
         multi_hot:bool=False, # Targets are 0/1 vectors whose ones share 1-eps
         weight:Tensor=None, # [K], with PyTorch's meaning: weighs both terms, and the mean is over the rows' weights
-        ignore_index:int=-100, # Rows with this class index count for nothing
+        ignore_index:int=-100, # Rows with this class index are left out, of the loss and of its mean
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
         axis:int=1, # Class axis
-        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
+        backend:str='auto' # Implementation: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, weight=weight, prior=prior)
         self.spread,self.multi_hot,self.ignore_index,self.axis = spread,multi_hot,ignore_index,axis
@@ -85,7 +85,7 @@ class LabelSmoothingCrossEntropy(_Smooth):
 
 # %% ../nbs/01_losses.ipynb #cefwd001
 @patch
-def smoothing(self:LabelSmoothingCrossEntropy, eps:float=None): # Another smoothing than the module's, in [0,1], or a Tensor[K]
+def smoothing(self:LabelSmoothingCrossEntropy, eps:float=None): # Another eps than the module's, in [0,1], or a Tensor[K]
     "What the target is smoothed by."
     return Smoothing(self.eps if eps is None else eps, self.prior, self.spread, self.multi_hot)
 
@@ -118,14 +118,14 @@ class LabelSmoothingBCEWithLogits(_Smooth):
     (bool, integer or floating); gives, in nats, a float32 scalar, or a value a logit for `reduction='none'`."""
     _at_top = 'eps=.5 makes positives and negatives the same target, as does a pair whose sum is 1: there is nothing to learn from it'
     def __init__(self,
-        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair in [0,1], of negatives and of positives, whose sum is at most 1
+        eps:float|tuple=.05, # Share that is smoothed, in [0,1/2]; or a pair in [0,1], of negatives and of positives, whose sum is at most 1
         *, prior:Tensor=None, # [K] label frequencies to smooth to instead of 1/2; or [2,K], of negatives and of positives
         weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: broadcasts to the logits
         pos_weight:Tensor=None, # As in `nn.BCEWithLogitsLoss`: the weight of positives; broadcasts to the logits
         reduction:str='mean', # PyTorch reduction: 'mean', 'sum' or 'none'
-        thresh:float=.5, # Probability above which `decodes` says yes
+        thresh:float=.5, # Probability above which a label is predicted
         axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
-        backend:str='auto' # Who computes: 'torch', 'triton' (on a GPU), or 'auto'
+        backend:str='auto' # Implementation: 'torch', 'triton' (on a GPU), or 'auto'
     ):
         super().__init__(reduction, backend, prior=prior, weight=weight, pos_weight=pos_weight)
         values = not K.tracing(*self.buffers())
@@ -196,7 +196,7 @@ class LabelSmoothingCrossEntropyFlat(_SmoothFlat):
 
     @delegates(LabelSmoothingCrossEntropy)
     def __init__(self,
-        eps:float=.1, # Smoothing in [0,1], or a Tensor[K] with one value for each true class
+        eps:float=.1, # Share of the target that is smoothed, in [0,1], or a Tensor[K] with one value for each true class
         *, axis:int=-1, # Class axis
         flatten:bool=True, # Let targets have another shape with as many elements; 'none' gives 1-d losses
         **kwargs # Of `LabelSmoothingCrossEntropy`
@@ -218,7 +218,7 @@ class LabelSmoothingBCEWithLogitsFlat(_SmoothFlat):
 
     @delegates(LabelSmoothingBCEWithLogits)
     def __init__(self,
-        eps:float|tuple=.05, # Smoothing in [0,1/2]; or a pair in [0,1], of negatives and of positives, whose sum is at most 1
+        eps:float|tuple=.05, # Share that is smoothed, in [0,1/2]; or a pair in [0,1], of negatives and of positives, whose sum is at most 1
         *, axis:int=None, # Label axis, of `prior`. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) logits are of one label
         flatten:bool=True, # Let labels have another shape with as many elements; 'none' gives 1-d losses
         **kwargs # Of `LabelSmoothingBCEWithLogits`
@@ -239,7 +239,7 @@ def label_axis_of(
 
 # %% ../nbs/01_losses.ipynb #baseloss3
 def base_loss(loss_func): # `learn.loss_func` of a `Learner`, whether it trains or not
-    "The loss in whose place `MixUp` or `CutMix` put theirs, or left it after an exception; else `loss_func` itself."
+    "The loss that `MixUp` or `CutMix` replaced by theirs, while they train or after an exception; else `loss_func` itself."
     owner = getattr(loss_func, '__self__', None)
     return owner.old_lf if isinstance(owner, MixHandler) else loss_func
 

@@ -139,5 +139,5 @@ class AURC(_PlainMetric):
 
 class NLLAfterT(_PlainMetric):
     """`nll` after a cross-fitted temperature, as `nll_after_t_loss`: a monitor for the best epoch (Berta et al. 2025, arXiv:2501.19195).
-    It takes rows to be independent, which pixels of an image are not; of millions of rows it takes seconds an epoch."""
+    It takes predictions to be independent, which pixels of an image are not; of millions of them it takes seconds an epoch."""
     _of = NLLAfterTemperature(),'nll_after_t_loss'

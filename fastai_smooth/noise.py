@@ -60,3 +60,26 @@ def noise_estimate(
     low = brentq(above, 0, eta, xtol=1e-3) if above(0.) > 0 else 0.
     high = brentq(above, eta, .999, xtol=1e-3) if above(.999) > 0 else 1.
     return NoiseEstimate(eta, low, high)
+
+# %% ../nbs/16_noise.ipynb #noisplot
+def mark_on_curve(ax, x, y, label, **kwargs):
+    "A dot, with the bars that `errorbar` is asked for, and a line from it down to the axis."
+    style = {'color':'black', 'marker':'o', 'ms':8, 'capsize':4, 'elinewidth':2.5, **kwargs, 'ls':''}
+    low,high = ax.get_ylim()
+    ax.errorbar(x, y, label=label, **style)
+    ax.vlines(x, low, y, color=style['color'], ls=':')
+    ax.set_ylim(low, high)
+
+def interval_text(name, value, interval): return '{}: {:.3f} (95% interval {:.3f} to {:.3f})'.format(name, value, *interval)
+
+def interval_bars(value, interval): return [[abs(value-o)] for o in interval] # as `errorbar` wants them
+
+def plot_profile(ax, logits, targs, found, top=0.):
+    "NLL for each share of random labels, to `top` at least, with a dot at what `noise_estimate` found; gives the function that is drawn."
+    profile = partial(profile_nll, *some_rows(logits, targs, 10**5))
+    shares = np.union1d(np.linspace(0, max(.2, min(.95, 1.3*max(top, found.high))), 25), found)
+    ax.plot(shares, [profile(o) for o in shares], color='black', label='NLL, if that share of the labels were random')
+    ax.set(xlabel='share of random labels', ylabel='validation NLL (nats)')
+    label,bars = interval_text('random labels', found.noise, found[1:]),interval_bars(found.noise, found[1:])
+    mark_on_curve(ax, found.noise, profile(found.noise), label, xerr=bars)
+    return profile

@@ -13,16 +13,17 @@ from matplotlib.ticker import PercentFormatter
 from .callback import epoch_means, in_chunks
 from .kernels.checks import check_eps, check_whole, warn
 from .losses import *
+from .pictures import picture_style
 from .predictions import class_names, prediction_parts
 from .smoothed import *
 from .smoothed import is_online, set_loss, sigmoid_losses, softmax_options, unsmoothed, with_temperature_of
 
 # %% ../nbs/07_online.ipynb #onlcls00
 class OnlineLabelSmoothing(Callback):
-    """Smooths to what the model predicted in the epoch before: the target of a row of class y is `(1-eps)*onehot(y) + eps*S[y]`.
+    """Smooths to what the model predicted in the epoch before: the target of an item of class y is `(1-eps)*onehot(y) + eps*S[y]`.
 
-    S[y] is the mean softmax, over the last training epoch, of the rows of class y that were predicted right; uniform in the first epoch,
-    and for a class without such a row. It stays from fit to fit, and goes with the callback. Validation is on hard labels. For cross
+    S[y] is the mean softmax, over the last training epoch, of the items of class y that were predicted right; uniform in the first epoch,
+    and for a class without such an item. It stays from fit to fit, and goes with the callback. Validation is on hard targets. For cross
     entropy, as `Learner.to_smooth` knows it, and targets that are class indices; `to_smooth(prior='online')` adds this callback. When it
     is taken off, the loss that was there before is back. Zhang et al. 2021 (arXiv:2011.12562), who take eps=.5."""
     order,run_valid = -60,False # before `GlobalMean`, which looks at the loss
@@ -157,7 +158,7 @@ OnlineLabelSmoothing.after_cancel_fit = OnlineLabelSmoothing.after_cancel_epoch
 # %% ../nbs/07_online.ipynb #onlplt00
 @patch(as_prop=True)
 def soft_labels(self:OnlineLabelSmoothing) -> pd.DataFrame: # (K,K): each row sums to 1; None before the end of the first training epoch
-    "S, by class name: what the model gives, on the average, to an input of the class of the row that it gets right."
+    "S, by class name: the mean probabilities of items of the class of the row, of those that the model gets right."
     if self.prior is None: return
     names = class_names(getattr(self.learn, 'dls', None), len(self.prior)) # numbers, once it is taken off the Learner
     return pd.DataFrame(self.prior.cpu().numpy(), pd.Index(names, name='class'), names)
@@ -168,7 +169,7 @@ def plot_soft_labels(self:OnlineLabelSmoothing,
     figsize:tuple=None, # In inches
     return_fig:bool=False, # Return the figure?
 ) -> plt.Figure: # None unless `return_fig`
-    "Which classes look alike to the model: what an input of the class of the row shares with the other classes, on the average."
+    "Which classes look alike to the model: the mean probability that it gives to other classes, of items of each class that it gets right."
     check_whole('max_n', max_n, 1)
     table = self.soft_labels
     if table is None: raise ValueError('there are no soft labels yet: they are there after the first epoch of a training')
@@ -177,10 +178,14 @@ def plot_soft_labels(self:OnlineLabelSmoothing,
         most = (shared.sum() + shared.T.sum()).to_numpy().argsort()[::-1][:max_n]
         shared = shared.iloc[np.sort(most), np.sort(most)]
     n = len(shared)
-    fig,ax = plt.subplots(figsize=ifnone(figsize, (2.5+.4*n, 1.5+.4*n)), layout='constrained')
-    im = ax.imshow(shared, cmap='Greys', vmin=0)
-    ax.set_xticks(range(n), shared.columns, rotation=90)
-    ax.set_yticks(range(n), shared.index)
-    ax.set(xlabel='gives to class', ylabel='to an input of class, the model', title='Which classes look alike to the model')
-    fig.colorbar(im, format=PercentFormatter(1), label='share of the probability')
+    with picture_style():
+        fig,ax = plt.subplots(figsize=ifnone(figsize, (2.5+.4*n, 1.5+.4*n)), layout='constrained')
+        im = ax.imshow(shared, cmap='Greys', vmin=0)
+        ax.set_xticks(range(n), shared.columns, rotation=90)
+        ax.set_yticks(range(n), shared.index)
+        ax.set(xlabel='other class', ylabel='true class')
+        fig.colorbar(im, format=PercentFormatter(1), label='mean probability of the other class (%)')
+        if n > 1:
+            i,j = np.unravel_index(np.nanargmax(shared.to_numpy()), (n,n))
+            ax.set_title(f'{shared.index[i]} looks most like {shared.columns[j]}: {shared.iloc[i,j]:.1%}')
     if return_fig: return fig

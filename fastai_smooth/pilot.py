@@ -78,7 +78,7 @@ def _own_dl(dl, memo, train=True):
 
 @contextmanager
 def loader_to_predict(dl:DataLoader) -> Iterator[DataLoader]: # Is left as it is: its generators and those of its samplers are put back
-    "For `with`: another loader of the same data set. One of fastai's gives all rows, in their order."
+    "For `with`: another loader of the same data set. One of fastai's gives all items, in their order."
     batches = getattr(dl, 'batch_sampler', None)
     owners = dl,getattr(dl, 'sampler', None),batches,getattr(batches, 'sampler', None)
     states = [(g,g.get_state()) for o in owners if isinstance(g := getattr(o, 'generator', None), torch.Generator)]

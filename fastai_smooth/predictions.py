@@ -7,6 +7,7 @@ __all__ = ['prediction_rows', 'RawPreds', 'raw_preds']
 
 # %% ../nbs/06_predictions.ipynb #predimp0
 from fastai.basics import *
+from fastai.callback.schedule import LRFinder
 from typing import NamedTuple
 from .kernels.checks import check_whole
 from .kernels.linear import LinearLogits
@@ -120,3 +121,23 @@ def raw_preds(
     if items is None or len(items) != res.total: return res
     rows,order = torch.tensor(items)[res.rows].sort()
     return RawPreds(res.logits[order], res.targs[order], rows, res.total)
+
+# %% ../nbs/06_predictions.ipynb #prederr1
+def wrong_decisions(logits, targs):
+    "Of class indices (N,) the largest logit decides, of labels (N,K) whether each is above 0."
+    return (logits > 0) != (targs > .5) if targs.ndim == logits.ndim else logits.argmax(1) != targs
+
+class CountErrors(Callback):
+    "Counts wrong decisions, in each batch of the training, and in each validation, with how many batches were trained before it"
+    def __init__(self): self.train,self.valid = [],[]
+    def before_validate(self): self.valid.append((len(self.train),[]))
+    def after_loss(self):
+        if self.learn._grab_cbs(LRFinder): return # its training is undone
+        parts = prediction_parts(self.pred, self.y, base_loss(self.learn.loss_func))
+        with torch.no_grad(): wrong = torch.cat([wrong_decisions(logits, targs)[keep] for logits,targs,keep in parts])
+        (self.train if self.training else self.valid[-1][1]).append((wrong.sum(),wrong.numel())) # read later: a GPU need not wait
+
+    def thirds(self):
+        "Of the training"
+        n = len(self.train)
+        return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]

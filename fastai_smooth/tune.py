@@ -17,9 +17,10 @@ from .kernels.targets import eps_pair
 from .learner import smooths_by
 from .smoothed import is_multi, loss_of, smoothed_sigmoid_losses
 from .losses import *
-from .noise import noise_estimate, profile_nll, some_rows
+from .noise import NoiseEstimate, interval_bars, interval_text, mark_on_curve, noise_estimate, plot_profile
+from .pictures import method_styles, picture_style
 from .pilot import pilot
-from .predictions import prediction_parts, raw_preds
+from .predictions import CountErrors, raw_preds, wrong_decisions
 from .scaling import best_temperature, cross_fitted, row_nll
 from .temperature import TemperatureReminder
 
@@ -59,26 +60,11 @@ def _smooth_by(learn, eps, options):
     if isinstance(loss, smoothed_sigmoid_losses): learn.loss_func,loss.eps = loss,eps
     else: learn.to_smooth(eps, **options)
 
-class _Errors(Callback):
-    "Counts wrong decisions, in each batch of the training, and in each validation, with how many batches were trained before it"
-    def __init__(self): self.train,self.valid = [],[]
-    def before_validate(self): self.valid.append((len(self.train),[]))
-    def after_loss(self):
-        if self.learn._grab_cbs(LRFinder): return # its training is undone
-        parts = prediction_parts(self.pred, self.y, base_loss(self.learn.loss_func))
-        with torch.no_grad(): wrong = torch.cat([_wrong(logits, targs)[keep] for logits,targs,keep in parts])
-        (self.train if self.training else self.valid[-1][1]).append((wrong.sum(),wrong.numel())) # read later: a GPU need not wait
-
-    def thirds(self):
-        "Of the training"
-        n = len(self.train)
-        return [self.train[i*n//3:(i+1)*n//3] for i in range(3)]
-
 def _run_pilot(learn, eps, fit, ds_idx, seed, options):
     "Predictions, as (N,K), and errors of a copy of `learn` trained with `eps`; None if it diverged, which only the first one must not"
     with pilot(learn, seed) as trial:
         _smooth_by(trial, eps, options)
-        trial.add_cb(errors := _Errors())
+        trial.add_cb(errors := CountErrors())
         fit(trial)
         preds = raw_preds(trial, ds_idx)
     logits,targs = preds[:2]
@@ -90,8 +76,6 @@ def _run_pilot(learn, eps, fit, ds_idx, seed, options):
     return ((logits[:,None],targs[:,None]) if logits.ndim == 1 else (logits,targs)),errors
 
 # %% ../nbs/17_tune.ipynb #judgedby
-def _wrong(logits, targs): return (logits > 0) != (targs > .5) if targs.ndim == logits.ndim else logits.argmax(1) != targs
-
 def _share(batches):
     "Of wrong decisions, from pairs (how many, of how many); nan where there are none"
     n = sum(n for _,n in batches)
@@ -114,7 +98,7 @@ def _finite_rows(preds):
 
 def _error(logits, targs):
     "Share of wrong decisions, and its interval"
-    wrong = _wrong(logits, targs)
+    wrong = wrong_decisions(logits, targs)
     if targs.ndim == 1: return wrong.double().mean().item(),binomial_interval(wrong.sum().item(), len(targs))
     low,high = bootstrap_interval(accuracy_multi, torch.sigmoid(logits.double()), targs.long())
     return wrong.double().mean().item(),(1-high, 1-low)
@@ -127,7 +111,7 @@ def _chance(targs, k):
 
 def _still_falls(errors, error, n, chance):
     """In words, an error that fell in the last third of the training by more than its standard error, and than a fifth of all that it fell
-    from chance: that of validation, to `error` of `n` decisions, or that of training, unless rows are being learnt by heart"""
+    from chance: that of validation, to `error` of `n` decisions, or that of training, unless items are being learnt by heart"""
     def steep(before, after, n): return before-after > max((chance-after)/5, math.sqrt(after*(1-after)/n))
     _,mid,last = errors.thirds()
     training,before = _share(last),first(_share(o) for at,o in errors.valid[::-1] if at <= 2*len(errors.train)/3)
@@ -135,11 +119,11 @@ def _still_falls(errors, error, n, chance):
     if last and not by_heart and steep(_share(mid), training, sum(n for _,n in last)): fell = 'training',_share(mid),training
     elif before is not None and steep(before, error, n): fell = 'validation',before,error
     else: return
-    return ('in the last third of its training its {} error still fell from {:.2f} to {:.2f}, by more than a fifth of all that it fell '
-            'from chance, {:.2f}').format(*fell, chance)
+    return ('in its last third the {} error still fell from {:.2f} to {:.2f}, by more than a fifth of all that it fell from '
+            'chance, {:.2f}').format(*fell, chance)
 
 def _why_not_learnt(found, default, errors, targs, k):
-    """Why the error of a pilot tells nothing about labels, in words; None where it does. One that still falls, or that rows known by heart
+    """Why the error of a pilot tells nothing about labels, in words; None where it does. One that still falls, or that items known by heart
     don't have, is too large, which matters above the `default`."""
     error,chance,multi = found.valid_error,_chance(targs, k),targs.ndim == 2
     if found.valid_error_interval[1] >= chance or not multi and error > .75*chance:
@@ -148,7 +132,7 @@ def _why_not_learnt(found, default, errors, targs, k):
     if found.eps <= default: return
     training = _share(errors.thirds()[2])
     if training >= error/2 or math.isnan(training): return _still_falls(errors, error, targs.numel(), chance)
-    return f'it knows its training rows by heart: their error {training:.2f} is less than half of the validation error {error:.2f}'
+    return f'it knows its training items by heart: their error {training:.2f} is less than half of the validation error {error:.2f}'
 
 # %% ../nbs/17_tune.ipynb #closedfo
 def _closed_form(logits, targs, cap, errors):
@@ -200,34 +184,48 @@ def _of_grid(first, scores):
     return first._replace(eps=eps, eps_interval=(eps, good[-1]), verdict=verdict, scores=scores)
 
 # %% ../nbs/17_tune.ipynb #afd26e00
+def _mark_suggestion(ax, found, y, interval='95% interval {} to {}', **bars):
+    kind,(eps,*ends) = found.prior or 'uniform',[eps_text(o, '.3f') for o in (found.eps,*found.eps_interval)]
+    mark_on_curve(ax, _smoothing(found.eps), y, f'suggested eps: {eps} ({interval.format(*ends)})', **method_styles([kind])[kind], **bars)
+
+def _plot_errors(ax, found, errors, chance):
+    "How the errors of a pilot fell that has not learnt; gives the title's reason"
+    n,error,interval = len(errors.train),found.valid_error,found.valid_error_interval
+    ax.stairs([_share(o) for o in errors.thirds()], [0, n/3, 2*n/3, n], baseline=None, color='grey', label='training error, by thirds')
+    ax.plot(*zip(*[(at,_share(o)) for at,o in errors.valid], (n,error)), color='black', marker='.', label='validation error')
+    ax.axhline(chance, color='grey', ls='--', label=f'error without learning: {chance:.3f}')
+    ax.set(xlabel='training batches', ylabel='error, share of the labels', ylim=(0, 1.5*max(chance, error))) # with room for the legend
+    mark_on_curve(ax, n, error, interval_text('at the end', error, interval), yerr=interval_bars(error, interval))
+    return 'the default,\nas the pilot has not learnt'
+
+def _plot_likelihood(ax, found, logits, targs):
+    nll = plot_profile(ax, logits, targs, NoiseEstimate(found.noise, *found.noise_interval), found.eps_interval[1])
+    _mark_suggestion(ax, found, nll(found.eps), xerr=interval_bars(*found[:2]))
+    ax.set_xlabel('share of random labels, or eps (share of the target)')
+    return f'as {found.valid_error:.0%} of the labels are predicted wrong,\nand {found.noise:.0%} look random'
+
+# %% ../nbs/17_tune.ipynb #tuneplt2
+def _plot_grid(ax, found):
+    "How far each eps is behind the best"
+    s,at = found.scores,found.scores.eps.map(_smoothing)
+    pairs,chosen = s.eps.map(lambda o: isinstance(o, tuple)),s.eps.map(lambda o: o == found.eps)
+    ax.errorbar(at, s.behind, s.se, color='black', marker='.', capsize=3, label='pilots, with one standard error')
+    for o,behind in zip(s.eps[pairs], s.behind[pairs]): ax.annotate(eps_text(o), (_smoothing(o),behind), (6,6), textcoords='offset points')
+    ax.axhline(0, color='grey', ls='--', label='best pilot')
+    of_pairs = ', of a pair the mean' if pairs.any() else ''
+    ax.set(xlabel=f'eps, share of the target{of_pairs}', ylabel='validation NLL after temperature,\nabove the best (nats)')
+    if (s.behind <= s.se.fillna(math.inf)).all(): # as `_of_grid` has it
+        _mark_suggestion(ax, found, np.interp(found.eps, at, s.behind), xerr=interval_bars(*found[:2]))
+        return 'as one pilot says: all eps are within\none standard error of the best'
+    _mark_suggestion(ax, found, s.behind[chosen], interval='{} to {} are as good', yerr=s.se[chosen])
+    return found.verdict
+
+@picture_style()
 def _plot(found, logits, targs, errors):
-    ax,purple,s = plt.subplots()[1],plt.cm.viridis(0.),found.scores
-    line = dict(color='grey', ls='--')
-    if not found.learnt: # how its errors fell
-        n,chance = len(errors.train),_chance(targs, logits.shape[1])
-        ax.stairs([_share(o) for o in errors.thirds()], [0, n/3, 2*n/3, n], baseline=None, color='grey', label='training error, by thirds')
-        valid = [(at,_share(o)) for at,o in errors.valid]
-        ax.plot(*zip(*valid, (n,found.valid_error)), color='black', marker='o', label='validation error')
-        ax.axhline(chance, lw=1, label=f'error of the most frequent label {chance:.2f}', **line)
-        ax.set(xlabel='training batches', ylabel='share of wrong decisions', ylim=(0, None))
-    elif s is None: # how likely each share of random labels is
-        top,some = 1.3*max(found.eps_interval[1], found.noise_interval[1]),some_rows(logits, targs, 10**5)
-        etas = torch.linspace(0, max(.2, min(.95, top)), 25).tolist()
-        ax.plot(etas, [profile_nll(*some, o) for o in etas], color='black', label='NLL of the pilot, with that share of random labels')
-        ax.axvspan(*found.noise_interval, color='grey', alpha=.2, lw=0)
-        ax.axvline(found.noise, label=f'random labels {_with_interval(found.noise, found.noise_interval)}', **line)
-        ax.axvspan(*found.eps_interval, color=purple, alpha=.2, lw=0)
-        ax.set(xlabel='share of random labels, or eps', ylabel='NLL (nats)')
-    else: # how far each eps is behind the best
-        pairs = s[s.eps.map(lambda o: isinstance(o, tuple))]
-        ax.errorbar(s.eps.map(_smoothing), s.behind, s.se, color='black', marker='o', capsize=3, label='pilots, with one standard error')
-        for o,behind in zip(pairs.eps, pairs.behind): ax.annotate(eps_text(o), (_smoothing(o), behind), (4,4), textcoords='offset points')
-        ax.axhline(0, lw=1, label='best pilot', **line)
-        of_pairs = ', of a pair the mean' if len(pairs) else ''
-        ax.set(xlabel=f'eps of the pilot{of_pairs}', ylabel='validation NLL after temperature,\nabove the best (nats)')
-    suggested = f'suggested eps {_with_interval(found.eps, found.eps_interval)}'
-    if found.learnt: ax.axvline(_smoothing(found.eps), color=purple, lw=2, label=suggested)
-    ax.set_title(f"{'Suggested:' if found.learnt else 'The pilot has not learnt, the default is'} eps={eps_text(found.eps, '.3g')}")
+    ax = plt.subplots(figsize=(6.4,3.6), layout='constrained')[1]
+    if not found.learnt: why = _plot_errors(ax, found, errors, _chance(targs, logits.shape[1]))
+    else: why = _plot_likelihood(ax, found, logits, targs) if found.scores is None else _plot_grid(ax, found)
+    ax.set_title(f'Suggested: eps={eps_text(found.eps, ".3f")}, {why}')
     ax.legend()
 
 # %% ../nbs/17_tune.ipynb #epscheck

@@ -144,7 +144,7 @@ def digits_dls(path, bs=32):
 
 
 def write_pairs(path, n=260):
-    "Two digits pasted on one 32x32 canvas, as PNG files, and a table of file name and labels ('3 7')."
+    "Two digits pasted on one 32x32 image, as PNG files, and a table of file name and labels ('3 7')."
     rng, rows = np.random.RandomState(1), []
     path.mkdir(parents=True, exist_ok=True)
     for i in range(n):

@@ -1,4 +1,4 @@
-"""The main job: runs of one seed share all but the smoothing; bad input is told before any training; what is finished is kept."""
+"""The command `fastai_smooth`: runs of one seed share all but the smoothing; bad input is told before any training; what is finished is kept."""
 import os, re, shutil, signal, subprocess, sys, threading, time
 from functools import wraps
 from pathlib import Path

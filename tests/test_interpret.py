@@ -11,6 +11,7 @@ from given import drawn as drawn_from
 from fastai_smooth.all import *
 from fastai_smooth.intervals import reliability
 from fastai_smooth.interpret import *
+from fastai_smooth.pictures import *
 from fastai_smooth.predictions import raw_preds
 from fastai_smooth.ranking import *
 from fastai_smooth.scaling import *
@@ -58,7 +59,7 @@ def test_the_table_has_the_measures_of_predictions(kind):
             row, f = res.loc[(name, when)], MEASURES[name]
             near(row['value'], f(p, y)), near(row['T'], t)
             near((row.low, row.high), aurc(p, y, n_boot=30)[1:3] if name == 'AURC' else bootstrap_interval(f, p, y, n_boot=30), 1e-3)
-            near(row[PERFECT], null_floor(f, p, y, n_draws=30), 1e-3)
+            near(row[PERFECT], if_calibrated(f, p, y, n_draws=30), 1e-3)
     near(res.loc[('accuracy', 'raw'), 'value'], right_of(z, y).double().mean())
     assert res.loc['accuracy'][PERFECT].isna().all(axis=None) and len(res.loc['accuracy']) == 1
     best = res.loc[('AURC', 'perfect ranking')]
@@ -74,7 +75,7 @@ def test_a_fitted_temperature_is_the_one_shown(per_label):
     assert t != 1. and interp.temperature == t and interp.fitted
     near(interp.raw, probs_of(z, y)), near(interp.after, probs_of(z/tensor(t), y)), near(interp.after, learn.get_preds()[0])
     assert all(o == t for o in interp.summary(n_boot=20).xs('after T', level=1)['T'])
-    assert ('T per label' if per_label else f'T={t:.2f}') in interp.plot_reliability(return_fig=True).axes[2 if not per_label else 1].get_title() + interp.plot_confidences(return_fig=True).axes[1].get_title()
+    assert ('T per label' if per_label else f'T={t:.2f}') in interp.plot_reliability(return_fig=True).axes[1].get_title('left') + interp.plot_confidences(return_fig=True).axes[1].get_title('left')
 
 def test_options_of_the_table():
     z, y, interp, _ = found('single')
@@ -109,7 +110,7 @@ def test_pixels_are_rows_and_those_of_an_image_belong_together(y_shape):
     near(interp.raw.flatten(), p), near(interp.targs.flatten(), y), near(interp.items, items)
     row = interp.summary(n_boot=30).loc[('NLL', 'raw')]
     near((row.low, row.high), bootstrap_interval(nll, p, y, n_boot=30, groups=items), 1e-3)
-    near(row[PERFECT], null_floor(nll, p, y, n_draws=30, groups=items), 1e-3)
+    near(row[PERFECT], if_calibrated(nll, p, y, n_draws=30, groups=items), 1e-3)
     near(interp.summary(n_boot=30).loc[('AURC', 'raw'), ['low', 'high']], aurc(p, y, n_boot=30, groups=items)[1:3], 1e-3)
     bars = interp.plot_reliability(return_fig=True).axes[0].containers[0].lines[2][0].get_segments()
     near([o[:, 1] for o in bars], reliability(p, y, min_n=5, groups=items)[['low', 'high']])
@@ -153,20 +154,21 @@ def test_a_panel_of_one_curve():
     near(dots.get_offsets(), bins[['confidence', 'accuracy']])
     near(dots.get_sizes(), 15 + 150*bins.n/bins.n.sum())
     near([o[:, 1] for o in gaps.get_segments()], bins[['accuracy', 'confidence']])
-    assert [matplotlib.colors.to_hex(o, False) for o in gaps.get_colors()] == [matplotlib.colors.to_hex('C1' if a < c else 'C0') for a, c in zip(bins.accuracy, bins.confidence)]
+    assert [matplotlib.colors.to_hex(o, False) for o in gaps.get_colors()] == [OVER if a < c else UNDER for a, c in zip(bins.accuracy, bins.confidence)]
     near([o.get_height() for o in low.patches], np.histogram(p.amax(1), 8, (0, 1))[0]/400)
-    assert low.get_xlabel() == 'confidence' and top.get_title() == 't' and list(top.lines[0].get_xdata()) == list(top.lines[0].get_ydata()) == [0, 1]
+    assert (low.get_xlabel(), top.get_ylabel(), top.get_title()) == ('confidence (%)', 'accuracy (%)', 't') and list(top.lines[0].get_xdata()) == list(top.lines[0].get_ydata()) == [0, 1]
 
 def test_a_panel_of_several_curves():
-    "each in its colour, with a band of intervals, and one diagonal"
-    (top, low), curves = matplotlib.figure.Figure().subplots(2, 1), {'a': ('C4', drawn('single', 400)), 'b': ('C5', drawn('flat', 400))}
-    for label, (color, (z, y)) in curves.items(): draw_reliability(top, probs_of(z, y), y, counts_ax=low, color=color, label=label)
+    "each in its style, with a band of intervals, and one diagonal"
+    (top, low), curves = matplotlib.figure.Figure().subplots(2, 1), {'a': drawn('single', 400), 'b': drawn('flat', 400)}
+    styles = method_styles(list(curves))
+    for label, (z, y) in curves.items(): draw_reliability(top, probs_of(z, y), y, counts_ax=low, style=styles[label], label=label)
     assert [o.get_label() for o in top.lines] == top.get_legend_handles_labels()[1] == ['confidence = accuracy', 'a', 'b'] and len(top.texts) == 2
-    for line, band, (color, (z, y)) in zip(top.lines[1:], top.collections[2::2], curves.values()):
+    for line, band, style, (z, y) in zip(top.lines[1:], top.collections[2::2], styles.values(), curves.values()):
         bins = reliability(probs_of(z, y), y, min_n=5)
         near(line.get_xydata(), bins[['confidence', 'accuracy']])
-        assert line.get_color() == color and all(np.isclose(band.get_paths()[0].vertices[:, 1], o).any() for o in (*bins.low, *bins.high))
-    assert [o.get_edgecolor() for o in low.patches] == [matplotlib.colors.to_rgba(o) for o in ('C4', 'C5')]
+        assert (line.get_color(), line.get_linestyle(), line.get_marker()) == tuple(style.values()) and all(np.isclose(band.get_paths()[0].vertices[:, 1], o).any() for o in (*bins.low, *bins.high))
+    assert [o.get_edgecolor()[:3] for o in low.patches] == [o['color'] for o in styles.values()] and len({str(o.get_linestyle()) for o in low.patches}) == 2
 
 @each
 @pytest.mark.parametrize('plot', ['plot_reliability', 'plot_confidences', 'plot_risk_coverage'])
@@ -179,9 +181,17 @@ def test_plots_make_figures_without_warnings(kind, plot):
     assert isinstance(fig, plt.Figure) and getattr(interp, plot)() is None
     if plot != 'plot_reliability': return
     single, axs = kind == 'single', fig.axes
-    assert {o.get_xlabel() for o in axs} == {'', 'confidence' if single else 'probability'} and {'accuracy' if single else 'share of positives', 'rows'} <= {o.get_ylabel() for o in axs}
-    assert {o.get_text(): o.get_color() for o in axs[0].texts} == ({'underconfident': 'C0', 'overconfident': 'C1'} if single else {'too low': 'C0', 'too high': 'C1'})
-    if kind in ('single', 'flat'): assert f'ECE {calibration_error(interp.after, interp.targs):.3f}' in axs[1].get_title()
+    assert {o.get_xlabel() for o in axs} == {'', f'{"confidence" if single else "probability"} (%)'}
+    assert {o.get_ylabel() for o in axs} == {'', f'{"accuracy" if single else "share of positives"} (%)', 'share of\npredictions'}
+    assert {o.get_text(): o.get_color() for o in axs[0].texts} == ({'underconfident': UNDER, 'overconfident': OVER} if single else {'too low': UNDER, 'too high': OVER})
+    if kind in ('single', 'flat'): assert f'ECE {calibration_error(interp.after, interp.targs):.1%}' in axs[1].get_title('left')
+
+def test_titles_say_what_a_diagram_shows():
+    "confidence .8 and .6 of a right and a wrong prediction, or .9 of one of two that happen"
+    p = tensor([[.8, .2], [.6, .4]])
+    assert reliability_title('raw', p, tensor([0, 1])) == 'raw: ECE 40.0%,\noverconfident by 20.0 points'   # a bin each: off by .2 and .6
+    assert reliability_title('T=2', tensor([.9, .9]), tensor([1, 1]), ('too low', 'too high')) == 'T=2: ECE 10.0%,\ntoo low by 10.0 points'
+    assert reliability_title('a', tensor([.5, .5]), tensor([1, 0])) == 'a: ECE 0.0%' and reliability_title('a', p*NAN, tensor([0, 1])) == 'a: ECE nan%'
 
 def test_many_labels_are_a_grid():
     "two labels side by side, the odd one alone; ten of them are no column of 31 inches; titles don't touch"
@@ -191,15 +201,15 @@ def test_many_labels_are_a_grid():
         assert len(fig.axes) == 4*n and fig.axes[0].get_gridspec().nrows == 2*rows
         assert fig.get_size_inches()[0] < 12 and fig.get_size_inches()[1] < 18
         worst = [f'{o}\n' for o in interp.summary(by_label=True).index[:n]]
-        assert [o.get_title()[:2] for o in fig.axes if o.get_title()] == [o for o in worst for _ in range(2)]
-    assert interp.plot_reliability(label='7', return_fig=True).axes[0].get_title().startswith('7\nraw')
+        assert [title[:2] for o in fig.axes if (title := o.get_title('left'))] == [o for o in worst for _ in range(2)]
+    assert interp.plot_reliability(label='7', return_fig=True).axes[0].get_title('left').startswith('7\nraw')
     fig = interp.plot_reliability(max_n=3, return_fig=True)
     fig.canvas.draw()
-    boxes = [o.title.get_window_extent() for o in fig.axes if o.get_title()]
+    boxes = [o._left_title.get_window_extent() for o in fig.axes if o.get_title('left')]
     assert all(0 < o.x0 and o.x1 < fig.bbox.x1 for o in boxes) and all(a.x1 < b.x0 or abs(a.y0-b.y0) > 5 for a, b in zip(boxes, boxes[1:]))
 
 @each
-def test_right_is_green_and_wrong_is_red(kind):
+def test_right_is_green_and_wrong_is_hatched(kind):
     "each in shares of its own, on a linear axis, not one on top of the other"
     z, y, interp, _ = found(kind)
     fig, right = interp.plot_confidences(return_fig=True), right_of(z, y)
@@ -207,7 +217,8 @@ def test_right_is_green_and_wrong_is_red(kind):
     for ax, p in zip(fig.axes, (interp.raw, interp.after)):
         sure = p.amax(1) if kind == 'single' else torch.maximum(p, 1-p)
         near([o.get_xdata()[0] for o in ax.lines], [sure.mean(), right.double().mean()])
-        assert ax.get_yscale() == 'linear' and [matplotlib.colors.to_hex(o.get_edgecolor()) for o in ax.patches] == [matplotlib.colors.to_hex(o) for o in ('C2', 'C3')]
+        assert ax.get_yscale() == 'linear' and [matplotlib.colors.to_hex(o.get_edgecolor()) for o in ax.patches] == [RIGHT, WRONG] and [o.get_hatch() for o in ax.patches] == [None, '///']
+        assert ax.get_title('left').endswith(f':\nmean confidence {sure.mean():.1%}, accuracy {right.double().mean():.1%}')
         for patch, which in zip(ax.patches, (right, ~right)):
             near(patch.get_xy()[:, 1].max(), np.histogram(sure[which], 20, (.25 if kind == 'single' else .5, 1))[0].max() / int(which.sum()), 1e-9)
 
@@ -225,7 +236,8 @@ def test_risk_coverage_of_both_or_of_one_where_no_order_changes(kind):
 
 def test_risk_coverage_with_temperatures_that_change_the_order_or_none():
     learn = given(*drawn('multi')).fit_temperature(per_label=True)
-    assert len(interpret(learn).plot_risk_coverage(return_fig=True).axes[0].lines) == 3
+    ax = interpret(learn).plot_risk_coverage(return_fig=True).axes[0]
+    assert len(ax.lines) == 3 and ax.get_title('left').startswith('Of all decisions, ')
     z, y = drawn('single')
     for k, n in (2, 2), (4, 3): assert len(interpret(given(z[:, :k], y % k)).plot_risk_coverage(return_fig=True).axes[0].lines) == n
     interp = interpret(given(z*NAN, y))

@@ -1,4 +1,4 @@
-"What a perfect model would show, and intervals: beside simulations in which the truth is known, and exact coverage."
+"What measures would be if perfectly calibrated, and intervals: beside simulations in which the truth is known, and exact coverage."
 import math
 
 import pytest
@@ -13,10 +13,10 @@ from test_measures import (BAD_BINS, BAD_PROBS, MEASURES, MESSAGES, NAN, WITH_NA
 from fastai_smooth.intervals import *
 from fastai_smooth.measures import *
 
-FLOORS = [(nll, {}), (brier_score, {}), (calibration_error, dict(binning='mass', n_bins=8)), (calibration_error, dict(norm='l2', debias=True)),
+EXPECTED = [(nll, {}), (brier_score, {}), (calibration_error, dict(binning='mass', n_bins=8)), (calibration_error, dict(norm='l2', debias=True)),
           (calibration_error, dict(norm='max', n_bins=4)), (classwise_calibration_error, {}), (smooth_calibration_error, {})]
 SHAPES = dict(event={}, classes=dict(k=10), labels=dict(k=3, labels=True))
-each_floor = pytest.mark.parametrize('measure, kw', FLOORS, ids=lambda o: getattr(o, '__name__', str(o)))
+each_expected = pytest.mark.parametrize('measure, kw', EXPECTED, ids=lambda o: getattr(o, '__name__', str(o)))
 
 def drawn_from(p, task):
     "Outcomes of a perfectly calibrated model"
@@ -26,41 +26,41 @@ def wilson(k, n, z=1.959963984540054):
     mid, half = (k + z*z/2)/(n + z*z), z/(n + z*z)*math.sqrt(k*(n-k)/n + z*z/4)
     return max(0, mid-half), min(1, mid+half)
 
-# ---------------------------------------------------------------- null_floor
+# ---------------------------------------------------------------- if_calibrated
 
-@each_floor
+@each_expected
 @pytest.mark.parametrize('task', SHAPES)
-def test_floor_is_what_a_simulation_gives(measure, kw, task):
+def test_if_calibrated_is_what_a_simulation_gives(measure, kw, task):
     "Labels drawn from the model's own probabilities: mean and upper quantile to the error of 100 draws"
     if measure is smooth_calibration_error and task != 'event': return   # is slow, and no other there
     p, y = sample(80, **SHAPES[task])
     seen = np.array([measure(p, drawn_from(p, task), average='worst', **kw).item() for _ in range(100)])
-    mean, upper = (o.item() for o in null_floor(measure, p, torch.zeros_like(y), level=.9, n_draws=100, average='worst', **kw))
+    mean, upper = (o.item() for o in if_calibrated(measure, p, torch.zeros_like(y), level=.9, n_draws=100, average='worst', **kw))
     assert abs(mean-seen.mean()) < 4*seen.std()*math.sqrt(2/100)
     assert (seen <= upper+1e-9).mean() > .77 and (seen < upper-1e-9).mean() < .99 and mean < upper
 
-def test_floor_is_seeded_and_grows_with_level():
+def test_if_calibrated_is_seeded_and_grows_with_level():
     p, y = sample(100, 4)
-    a, b, c = (null_floor(calibration_error, p, y, n_draws=100, seed=s) for s in (3, 3, 4))
-    assert a == b != c and null_floor(calibration_error, p, torch.zeros_like(y), n_draws=100, seed=3) == a
-    uppers = [null_floor(calibration_error, p, y, level=level, n_draws=100)[1] for level in (.5, .8, .95, .99)]
+    a, b, c = (if_calibrated(calibration_error, p, y, n_draws=100, seed=s) for s in (3, 3, 4))
+    assert a == b != c and if_calibrated(calibration_error, p, torch.zeros_like(y), n_draws=100, seed=3) == a
+    uppers = [if_calibrated(calibration_error, p, y, level=level, n_draws=100)[1] for level in (.5, .8, .95, .99)]
     assert uppers == sorted(uppers) and len(set(uppers)) == 4
-    assert [o.shape for o in null_floor(calibration_error, *sample(50, 3, labels=True), average=None, n_draws=20)] == [(3,), (3,)]
+    assert [o.shape for o in if_calibrated(calibration_error, *sample(50, 3, labels=True), average=None, n_draws=20)] == [(3,), (3,)]
 
 def test_a_perfect_model_s_accuracy_is_its_mean_confidence():
-    "and rows that share their luck have the floor of one of them"
+    "and rows that are drawn together have the value of one of them"
     p, y = sample(400, 5)
-    assert abs(null_floor(accuracy, p, y)[0] - p.max(1).values.mean()) < .005
-    near(null_floor(accuracy, p.repeat(2, 1), y.repeat(2), n_draws=50, groups=torch.arange(400).repeat(2)), null_floor(accuracy, p, y, n_draws=50), 1e-9)
+    assert abs(if_calibrated(accuracy, p, y)[0] - p.max(1).values.mean()) < .005
+    near(if_calibrated(accuracy, p.repeat(2, 1), y.repeat(2), n_draws=50, groups=torch.arange(400).repeat(2)), if_calibrated(accuracy, p, y, n_draws=50), 1e-9)
 
 @each_measure
 def test_nan_gives_nan(measure):
-    for p, y in WITH_NAN.values(): assert all(math.isnan(o) for o in (*null_floor(measure, p, y, n_draws=20), *bootstrap_interval(measure, p, y, n_boot=20)))
+    for p, y in WITH_NAN.values(): assert all(math.isnan(o) for o in (*if_calibrated(measure, p, y, n_draws=20), *bootstrap_interval(measure, p, y, n_boot=20)))
 
 @each_measure
 def test_half_precision_is_taken(measure):
     for p in (torch.full((6, k), 1/k).to(dtype) for k in (3, 7) for dtype in (torch.float16, torch.bfloat16)):
-        assert all(map(math.isfinite, (*null_floor(measure, p, torch.arange(6) % 3, n_draws=20), *bootstrap_interval(measure, p, torch.arange(6) % 3, n_boot=20))))
+        assert all(map(math.isfinite, (*if_calibrated(measure, p, torch.arange(6) % 3, n_draws=20), *bootstrap_interval(measure, p, torch.arange(6) % 3, n_boot=20))))
 
 # ---------------------------------------------------------------- bootstrap_interval: how often it holds the truth
 
@@ -81,7 +81,7 @@ def covered(measure, task, slope, n, draws):
 @pytest.mark.long
 @each_case
 def test_interval_holds_the_truth_as_often_as_it_says(measure, task, slope):
-    "Of binned errors, most of all those that hardly stand out from luck, and of errors that are means over labels, it is wider than it need be"
+    "Of binned errors, most of all those that hardly stand out from sampling error, and of errors that are means over labels, it is wider than it need be"
     smooth = measure is smooth_calibration_error
     wide = measure in MEASURES[2:4] or smooth and task == 'labels'
     assert .93 <= covered(measure, task, slope, 500, 300 if smooth else 1000) <= (1 if wide else .97)
@@ -131,7 +131,7 @@ def test_interval_of_rare_labels_holds_the_truth():
 
 # ---------------------------------------------------------------- bootstrap_interval: seeds, labels, groups, memory
 
-@pytest.mark.parametrize('measure, kw', [*FLOORS, (accuracy, {}), (calibration_error, dict(debias=True))], ids=lambda o: getattr(o, '__name__', str(o)))
+@pytest.mark.parametrize('measure, kw', [*EXPECTED, (accuracy, {}), (calibration_error, dict(debias=True))], ids=lambda o: getattr(o, '__name__', str(o)))
 @pytest.mark.parametrize('slope', [1., 3.])
 def test_interval_is_seeded_widens_with_level_and_holds_the_value(measure, kw, slope):
     p, y = sample(80, 4, slope)
@@ -166,7 +166,7 @@ def test_interval_of_each_label_is_its_own(measure):
 @each_measure
 @pytest.mark.parametrize('average', ['macro', 'worst'])
 def test_rows_seen_thrice_tell_nothing_more(measure, average):
-    "Grouped, copies of the rows give the interval and the floor of the rows; ungrouped, a narrower one"
+    "Grouped, copies of the rows give the interval of the rows, and their value if perfectly calibrated; ungrouped, a narrower one"
     p, y = sample(40, 3, 2., labels=True)
     thrice, groups, kw = (p.repeat(3, 1), y.repeat(3, 1)), torch.arange(40).repeat(3), dict(average=average, n_boot=200)
     once = bootstrap_interval(measure, p, y, **kw)
@@ -174,7 +174,7 @@ def test_rows_seen_thrice_tell_nothing_more(measure, average):
     low, high = bootstrap_interval(measure, *thrice, **kw)
     assert high-low < .85*(once[1]-once[0])
     kw = dict(average=average, n_draws=20)
-    near(null_floor(measure, *thrice, groups=groups, **kw), null_floor(measure, p, y, **kw), 1e-3)
+    near(if_calibrated(measure, *thrice, groups=groups, **kw), if_calibrated(measure, p, y, **kw), 1e-3)
 
 class Largest(TorchDispatchMode):
     "Numbers in the largest tensor that an operation gives"
@@ -225,7 +225,7 @@ def shared_runs():
     return z.sigmoid(), (torch.rand(300, 1) < z.mean(1, keepdim=True).sigmoid()).expand(300, 3)
 
 def pixels():
-    "20 images of 200 pixels, all of which are right or wrong as their image has luck"
+    "20 images of 200 pixels, all of which are right or wrong together"
     z = torch.randn(20, 1) + .7*torch.randn(20, 200) + 1
     return z.sigmoid(), torch.rand(20, 1) < z.sigmoid()
 
@@ -252,7 +252,7 @@ def test_reliability_leaves_out_nan():
 
 # ---------------------------------------------------------------- what comes in
 
-@pytest.mark.parametrize('f', [partial(bootstrap_interval, nll), partial(null_floor, brier_score), reliability], ids=['bootstrap_interval', 'null_floor', 'reliability'])
+@pytest.mark.parametrize('f', [partial(bootstrap_interval, nll), partial(if_calibrated, brier_score), reliability], ids=['bootstrap_interval', 'if_calibrated', 'reliability'])
 def test_what_is_wrong_is_named(f):
     for probs, targs, message in MESSAGES:
         with pytest.raises(ValueError, match=message): f(probs, targs)
@@ -268,7 +268,7 @@ def grouped(draw, tasks=('event', 'classes', 'labels'), **options):
     a = draw(drawn(tasks, level=level, **options))
     return a | dict(groups=fuzz.randint(draw, 3, len(a['probs'])))
 
-TABLE = dict(null_floor=fuzz.Row(null_floor, grouped(measure=st.sampled_from(MEASURES), average=averages, seed=st.sampled_from([0, -1, 2**63-1]), n_draws=st.sampled_from([1, 5])),
+TABLE = dict(if_calibrated=fuzz.Row(if_calibrated, grouped(measure=st.sampled_from(MEASURES), average=averages, seed=st.sampled_from([0, -1, 2**63-1]), n_draws=st.sampled_from([1, 5])),
                                  OF | dict(n_draws=fuzz.BAD_COUNT), dtypes, tol=1e-4),
              bootstrap_interval=fuzz.Row(bootstrap_interval, grouped(measure=st.sampled_from(MEASURES), average=averages, seed=st.sampled_from([0, -1, 2**63-1]), n_boot=st.sampled_from([1, 5])),
                                          OF | dict(n_boot=fuzz.BAD_COUNT), dtypes, tol=1e-4),

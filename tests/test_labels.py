@@ -237,7 +237,7 @@ def test_pairs_are_two_digits_each():
     assert (same.classes == pairs(30, 10).classes).all() and (np.array(same.images) == pairs(30, 10).images).all() and (same.classes != other.classes).any() and same.is_valid.sum() == 10
 
 def test_pairs_for_validation_are_of_other_scans(monkeypatch):
-    "The two on a canvas are of the digits that it has"
+    "The two on an image are of the digits that it has"
     d, taken = load_digits(), []
     class Images:
         def __getitem__(self, i): return taken.append(i) or d.images[i]

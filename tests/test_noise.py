@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from given import *
 
 from fastai_smooth.noise import *
+from fastai_smooth.noise import plot_profile
 
 def profile_of(z, y, etas, betas):
     "Sum of the NLL on a grid, with the best of `betas`, in numpy"
@@ -71,3 +72,17 @@ def bad_scores(multi):
 TABLE = {f'{kind} labels': Row(noise_estimate, scores(multi), bad_scores(multi), dict(logits=fuzz.FLOATS, targs=labels), examples=1)
          for kind, multi, labels in (('single', False, fuzz.INTEGERS), ('multi', True, fuzz.LABELS))}
 test_refuses, test_takes = fuzz.both_tests(TABLE)
+
+@pytest.mark.parametrize('multi', [False, True], ids=['single', 'multi'])
+def test_a_picture_of_the_likelihood(multi):
+    "with a dot and its interval at the estimate, and a line from it down to the axis"
+    z, y = drawn(300, 4, eta=.3, seed=2, multi=multi)
+    found, ax = noise_estimate(z, y), plt.subplots()[1]
+    profile = plot_profile(ax, z, y, found, top=.8)
+    shares, nlls = ax.lines[0].get_data()
+    near(nlls, [profile_nll(z.double(), y, o) for o in shares]), near(ax.containers[0].lines[0].get_xydata(), [(found.noise, min(nlls))])
+    assert shares.max() > .8 and profile(found.noise) == min(nlls)
+    bar, line = (o.get_segments()[0] for o in ax.collections)
+    near(bar[:, 0], found[1:]), near(line, [(found.noise, ax.get_ylim()[0]), (found.noise, min(nlls))])
+    assert f'{found.noise:.3f} (95% interval {found.low:.3f} to {found.high:.3f})' in ax.containers[0].get_label()
+    plt.close('all')

@@ -335,6 +335,12 @@ def test_soft_labels_by_name_and_their_picture():
     shown = ax.images[0].get_array()
     assert [o.get_text() for o in ax.get_yticklabels()] == ['ant', 'bee', 'cat', 'dog'] and np.ma.getmaskarray(shown).diagonal().all()
     np.testing.assert_allclose(shown.compressed(), table.to_numpy()[~np.eye(K, dtype=bool)])
+    shared = table.mask(np.eye(K, dtype=bool)).stack()
+    row, other = shared.idxmax()
+    assert ax.get_title(loc='left') == f'{row} looks most like {other}: {shared.max():.1%}' and '%' in ax.figure.axes[1].get_ylabel()
+    assert ax.get_xlabel() == 'other class' and ax.get_ylabel() == 'true class'
+    assert cb.plot_soft_labels(max_n=1, return_fig=True).axes[0].get_title(loc='left') == ''
+    plt.close('all')
 
 @pytest.mark.parametrize('make', [learner, lambda: labelled()])
 def test_soft_labels_of_a_callback_that_was_taken_off(make):

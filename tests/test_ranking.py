@@ -12,6 +12,7 @@ from test_measures import BAD_PROBS, MESSAGES, WITH_NAN, as_tensors, averaged, a
 from test_intervals import BAD_GROUPS
 from fastai_smooth.intervals import *
 from fastai_smooth.measures import *
+from fastai_smooth.pictures import *
 from fastai_smooth.ranking import *
 
 # ---------------------------------------------------------------- the formulas, row by row
@@ -154,7 +155,7 @@ def test_no_errors_seen_rule_none_out(groups, least):
     assert 1 - 3*least < low < 1 - least/3 and high == 1
 
 def grouped(groups, seed):
-    "20 rows a group, which are right or wrong by the luck of their group"
+    "20 rows a group, which are right or wrong together"
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(groups, 1)) + .7*rng.normal(size=(groups, 20))
     return torch.tensor(.5 + .5/(1 + np.exp(-z))).flatten(), torch.tensor((rng.random((groups, 1)) < 1/(1 + np.exp(-2 - z))).astype(int)).flatten()
@@ -187,7 +188,7 @@ def test_each_label_has_its_own():
     assert macro.high - macro.low < np.mean([o.high - o.low for o in each])
 
 def test_labels_that_are_alike_have_the_interval_of_one():
-    "They share the luck of their row, but for the row that is added"
+    "They are right or wrong as their row, but for the row that is added"
     p, y = sample(3000)
     one, three = aurc(p, y), aurc(p[:, None].repeat(1, 3), y[:, None].repeat(1, 3))
     near(three, one, .1*(one.high - one.low))
@@ -210,31 +211,39 @@ def test_many_rows_in_batches_and_cells_have_the_interval_of_their_bootstrap():
     low, high = np.quantile(areas, [.025, .975])
     near(aurc(p, y)[1:3], (low, high), .15*(high-low))
 
-def test_null_floor_takes_it():
+def test_if_calibrated_takes_it():
     "and a calibrated model has it"
     p, y = sample(2000, slope=1.)
-    mean, upper = null_floor(RiskCoverageArea(), p, y, n_draws=100)
+    mean, upper = if_calibrated(RiskCoverageArea(), p, y, n_draws=100)
     assert aurc(p, y).low < mean < aurc(p, y).high and mean < upper and RiskCoverageArea()(p, y) < upper*1.1
     with pytest.raises(TypeError, match='RiskCoverageArea is no sum'): bootstrap_interval(RiskCoverageArea(), p, y)
-    with pytest.raises(TypeError, match='not known'): null_floor(RiskCoverageArea(), p, y, n_bins=3)
+    with pytest.raises(TypeError, match='not known'): if_calibrated(RiskCoverageArea(), p, y, n_bins=3)
 
 # ---------------------------------------------------------------- the picture
 
 def test_picture():
-    "The share that can be decided is in the legend, and a dot on the curve; the best ranking is dashed"
-    curves = {k: (risk_coverage(*ranked(800, slope, 1.6497, 0)), c) for k, slope, c in (('good', 2, 'C0'), ('poor', .2, 'C1'))}
+    "The share that can be decided is in the legend, and a dot on the curve; the best ranking is dotted"
+    curves = {k: risk_coverage(*ranked(800, slope, 1.6497, 0)) for k, slope in (('good', 2), ('poor', .2))}
     ax = matplotlib.figure.Figure().subplots()
     draw_risk_coverage(ax, curves)
-    for line, dots, (label, (curve, color)) in zip(ax.lines, ax.collections, curves.items()):
+    for line, dots, style, (label, curve) in zip(ax.lines, ax.collections, method_styles(list(curves)).values(), curves.items()):
         x, y = line.get_data()
         near(y, [risk_at(curve, o) for o in x])
         shares = [coverage_at(curve, o) for o in (.01, .05)]
         near(dots.get_offsets(), [(shares[0], .01), (shares[1], .05)])
-        assert line.get_label() == f'{label}: {shares[0]:.1%} can be decided at 1% error, {shares[1]:.1%} at 5%' and line.get_color() == color
+        assert line.get_label() == f'{label}: {shares[0]:.1%} can be decided at 1% error, {shares[1]:.1%} at 5%'
+        assert (line.get_color(), line.get_linestyle(), line.get_marker()) == tuple(style.values())
     x, y = ax.lines[-1].get_data()
-    wrong = round(800*curves['good'][0].risk.iloc[-1])
+    wrong = round(800*curves['good'].risk.iloc[-1])
     near(y, [max(0, 800*o - 800 + wrong)/(800*o) for o in x])
-    assert ax.lines[-1].get_linestyle() == '--' and len(ax.lines) == 3 and ax.get_ylim()[1] < .5
+    assert ax.lines[-1].get_linestyle() == ':' and len(ax.lines) == 3 and ax.get_ylim()[1] < .5
+
+def test_all_dots_are_whole():
+    "That of 5%, too, where the error is smaller at any coverage"
+    ax = matplotlib.figure.Figure().subplots()
+    draw_risk_coverage(ax, {'good': risk_coverage(torch.full((200,), .9), (torch.arange(200) > 1).long())})
+    dots = ax.collections[0]
+    assert dots.get_offsets()[1].tolist() == [1, .05] and ax.get_ylim()[1] > .05 and not dots.get_clip_on()
 
 # ---------------------------------------------------------------- what comes in
 

@@ -4,11 +4,11 @@ from io import BytesIO
 from itertools import permutations
 
 import numpy as np, pytest, torch
-from matplotlib.colors import to_rgb
 from sklearn.metrics import average_precision_score
 
 from fastai_smooth.intervals import reliability
 from fastai_smooth.measures import calibration_error
+from fastai_smooth.pictures import OVER, UNDER, method_styles
 from fastai_smooth.report import *
 from fastai_smooth.report import headline
 from fastai_smooth.scores import *
@@ -28,7 +28,7 @@ def seeds(method, *rights, **kwargs): return [made(method, o, seed=i, **kwargs) 
 LOST = {**made(UNIFORM, 80), 'probs': torch.full((100, 10), math.nan)}
 ONE_SEED = 'One seed says nothing of others: give --seeds 3 or more.'
 CASES = {
- 'the main job': (seeds(NONE, 800, 802, 798, n=1000) + seeds(UNIFORM, 830, 832, 828, n=1000, confidence=.7) + seeds(ONLINE, 835, 836, 834, n=1000, confidence=.83),
+ 'the command': (seeds(NONE, 800, 802, 798, n=1000) + seeds(UNIFORM, 830, 832, 828, n=1000, confidence=.7) + seeds(ONLINE, 835, 836, 834, n=1000, confidence=.83),
     'Uniform smoothing raised accuracy by 3.00 ± 0.62 points in 3 seeds and made the probabilities underconfident (by 13.0 ± 1.3 points); online smoothing raised it by '
     '3.50 ± 0.66 points and made them calibrated, as far as these images tell (off by -0.5 ± 1.3 points). Online smoothing was more accurate than uniform smoothing by 0.50 ± 0.27 points. '
     'Without smoothing accuracy was 80.0 ± 1.4% and the probabilities were overconfident (by 10.0 ± 1.4 points).',
@@ -99,7 +99,7 @@ CASES = {
     'Without smoothing accuracy was 12.5 ± 4.7% and the probabilities were overconfident (by 77.5 ± 4.7 points).',
     'The models have hardly learnt, as far as these images tell: always naming the most frequent class would be right for 10.0% of them; try more --epochs. '
     'With 2 seeds of 100 images a difference in accuracy has to be about 2.0 points to show; more --seeds, or images, show smaller ones.'),
- 'one has hardly learnt': ([made(NONE, 80), made(UNIFORM, 32)], # 68 wrong of 90 by chance, more than 3/4 of them
+ 'one has hardly learnt': ([made(NONE, 80), made(UNIFORM, 32)], # 68 wrong of 90 by guessing, more than 3/4 of them
     'Uniform smoothing lowered accuracy by 48 ± 10 points in 1 seed and left the probabilities overconfident (by 58.0 ± 9.3 points). '
     'Without smoothing accuracy was 80.0 ± 8.0% and the probabilities were overconfident (by 10.0 ± 8.0 points).',
     'The models with uniform smoothing have hardly learnt, as far as these images tell: always naming the most frequent class would be right for 10.0% of them; try more --epochs. '
@@ -107,7 +107,7 @@ CASES = {
  'it has learnt': ([made(UNIFORM, 33, confidence=.33)], # 67 wrong
     'With uniform smoothing accuracy was 33.0 ± 9.3% in 1 seed and the probabilities were calibrated, as far as these images tell (off by +0.0 ± 9.3 points).',
     ONE_SEED + ' What smoothing changes is seen beside no smoothing: add 0 to --eps.'),
- 'two classes, few images': ([made(NONE, 7, n=10, k=2)], # better than 5 of 10, but not by more than luck
+ 'two classes, few images': ([made(NONE, 7, n=10, k=2)], # better than 5 of 10, but that may be chance
     'Without smoothing accuracy was 70 ± 32% in 1 seed and the probabilities were calibrated, as far as these images tell (off by +20 ± 32 points).',
     'The models have hardly learnt, as far as these images tell: always naming the most frequent class would be right for 50.0% of them; try more --epochs. ' + ONE_SEED),
 }
@@ -130,7 +130,7 @@ NEITHER = 'neither over- nor underconfident on the whole, but not calibrated'
     (made(NONE, 160, n=200), halves(UNIFORM, (65, .95), (75, .45)), f'made the probabilities {NEITHER} (ECE 30.0%)'),
     (halves(NONE, (60, .9), (80, .5)), halves(UNIFORM, (65, .95), (75, .45)), f'left the probabilities {NEITHER} (ECE 30.0%)'),
     (halves(NONE, (65, .95), (75, .45)), halves(UNIFORM, (95, .95), (45, .45)), 'made the probabilities calibrated, as far as these images tell (off by'),
-    (halves(NONE, (65, .95), (75, .45)), halves(UNIFORM, (93, .95), (47, .45)), 'made the probabilities calibrated, as far as these images tell (off by')]) # an ECE of 2% is luck
+    (halves(NONE, (65, .95), (75, .45)), halves(UNIFORM, (93, .95), (47, .45)), 'made the probabilities calibrated, as far as these images tell (off by')]) # an ECE of 2% may be chance
 def test_a_gap_of_0_is_not_enough(before, after, words): assert words in answer([before, after])
 
 def test_a_level_that_is_not_calibrated():
@@ -148,7 +148,7 @@ def test_calibrated_models_are_called_so():
     assert 33 <= calibrated < 40
 
 def test_images_that_seeds_share_are_no_more_of_them():
-    "Off by 8 points in each half: luck with 200 images, also if three seeds show the same of them; not with 600"
+    "Off by 8 points in each half: may be chance with 200 images, also if three seeds show the same of them; not with 600"
     def three(**kwargs): return [halves(NONE, (87, .95), (53, .45), seed=i) | kwargs for i in range(3)]
     assert ' calibrated' in answer(three(images=torch.arange(200))) and NEITHER in answer(three())
 
@@ -174,7 +174,7 @@ def precision(found, extra, n): return found/(n/5)*found/(found+extra) + (1-foun
 
 GONE = {**labelled(LESS, 10), 'probs': torch.full((100, 2), math.nan)}
 LABEL_CASES = {
- 'the main job': (label_seeds(NONE, 100, 101, 99, n=1000, extra=100) + label_seeds(LESS, 130, 131, 129, n=1000, extra=60, confidence=.7) + label_seeds(QUARTER, 140, 141, 139, n=1000, extra=50, confidence=.89),
+ 'the command': (label_seeds(NONE, 100, 101, 99, n=1000, extra=100) + label_seeds(LESS, 130, 131, 129, n=1000, extra=60, confidence=.7) + label_seeds(QUARTER, 140, 141, 139, n=1000, extra=50, confidence=.89),
     'Uniform smoothing raised mean average precision by 16.5 ± 1.6 points in 3 seeds and made the probabilities underconfident (by 17.00 ± 0.79 points); online smoothing '
     'raised it by 22.6 ± 1.8 points and made them neither over- nor underconfident on the whole, but not calibrated (ECE 5.8%, seeds pooled). Online smoothing had a higher '
     'mean average precision than uniform smoothing by 6.1 ± 1.1 points. Without smoothing mean average precision was 35.0 ± 1.7% and the probabilities were overconfident (by '
@@ -246,7 +246,7 @@ def test_mean_average_precision_of_these_runs(found, extra, n):
     assert headline([run]).level([run]).mean == pytest.approx(precision(found, extra, n)) == average_precision_score(run['targs'][:, :2], run['probs'][:, :2])
 
 @pytest.mark.parametrize('n, k, share', [(60, 20, .02), (60, 20, .05), (60, 6, .05)])
-def test_rare_labels_are_luck(n, k, share):
+def test_rare_labels_leave_much_to_chance(n, k, share):
     "Two models that are equally good: of 100 pairs about five are told apart, and margins are as large as the differences"
     def one():
         targs = torch.bernoulli(torch.full((n, k), share), generator=g)
@@ -262,7 +262,7 @@ def test_a_random_ranking(n, positives):
     targs = torch.zeros(n, 2)
     targs[:positives, 0] = 1
     orders = [average_precision_score(targs[:, 0], o) for o in permutations(range(n))]
-    assert headline([dict(targs=targs)]).chance([dict(targs=targs)]*2) == pytest.approx(np.mean(orders))
+    assert headline([dict(targs=targs)]).guessing([dict(targs=targs)]*2) == pytest.approx(np.mean(orders))
 
 def test_a_pair_of_zeros_is_no_smoothing():
     runs, zeros = LABEL_CASES['on the same images'][0], Method((0., 0.))
@@ -280,18 +280,31 @@ def test_a_diverged_run_has_no_curve():
     plot_reliability([dict(method=NONE, seed=0, **score(torch.full((5, 3), math.nan), torch.tensor([0, 1, 2, 0, 1]))), fake_run(UNIFORM, 0)])
 
 def test_plot_pools_seeds_into_one_curve_a_method():
-    "Each in one colour of its own, light for a large eps: C0 to C3 are for under- and overconfident, right and wrong"
+    "Each with the colour, line and marker that the method has in all pictures, and its confidence gap in the legend"
     runs = [fake_run(method, seed) for seed in range(2) for method in (Method(.4), UNIFORM, NONE, ONLINE)]
-    axes = plot_reliability(runs).axes
-    for (top, low), of in zip((axes[::2], axes[1::2]), ('probs', 'after')):
+    fig = plot_reliability(runs)
+    for (top, low), of, legend in zip((fig.axes[::2], fig.axes[1::2]), ('probs', 'after'), fig.legends):
         diagonal, *curves = [o for o in top.lines if len(o.get_xdata())]
-        assert [o.get_label() for o in curves] == ['none', 'online 0.5', 'uniform 0.1', 'uniform 0.4'] and list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
+        names = ['none', 'online 0.5', 'uniform 0.1', 'uniform 0.4']
+        assert [o.get_label() for o in curves] == names and list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 1]
         bins = reliability(*(torch.cat([r[o] for r in runs if r['method'] == NONE]) for o in (of, 'targs')), min_n=20,
                            groups=torch.cat([r['images'] for r in runs if r['method'] == NONE]))
         assert np.allclose(curves[0].get_xdata(), bins.confidence) and np.allclose(curves[0].get_ydata(), bins.accuracy)
-        colours = [to_rgb(o.get_color()) for o in curves]
-        assert sorted(colours, key=sum) == colours and not {*colours} & {to_rgb(f'C{i}') for i in range(10)}
-        assert len(low.patches) == 4 and {o.get_text(): o.get_color() for o in top.texts} == dict(underconfident='C0', overconfident='C1')
+        for curve, style in zip(curves, method_styles(names).values()): assert curve.get_color() == style['color'] and curve.get_marker() == style['marker']
+        gap = 100*torch.cat([r[of].max(1)[0] - (r[of].argmax(1) == r['targs']).double() for r in runs if r['method'] == ONLINE]).mean()
+        assert float(re.search(r'online 0.5: (\S+) ±', ''.join(o.get_text() for o in legend.texts))[1]) == pytest.approx(gap, abs=1)
+        assert len(low.patches) == 4 and {o.get_text(): o.get_color() for o in top.texts} == dict(underconfident=UNDER, overconfident=OVER)
+        assert top.get_xlabel() + low.get_xlabel() == 'confidence (%)'
+
+@pytest.mark.parametrize('case, title', [
+    ('the command', 'overconfident without smoothing, underconfident with uniform 0.1'),
+    ('one method', 'neither over- nor underconfident, as far as these images tell'),
+    ('two eps', 'overconfident without smoothing and with uniform 0.1'),
+    ('none is not among them', 'overconfident with uniform 0.1, underconfident with online 0.5')])
+def test_the_title_says_which_are_over_and_underconfident(case, title):
+    "Those of which the answer says so, too"
+    runs = [r | dict(after=r['probs']) for r in CASES[case][0]]
+    for o in plot_reliability(runs).axes[:2]: assert ' '.join(o.get_title('left').split()).split(': ', 1)[1] == title
 
 def test_plot_of_labels():
     "The six with the largest ECE, on the average of the methods; a curve a method, whose range of ECE is in the title"
@@ -301,12 +314,12 @@ def test_plot_of_labels():
     order = np.argsort([-sum(o[k].item() for o in eces.values()) for k in range(8)])[:6]
     fig = plot_reliability(runs)
     axes = fig.axes
-    assert len(axes) == 12 and 'the 6 of 8 labels with the largest ECE' in fig._suptitle.get_text()
+    assert len(axes) == 12 and 'the 6 of 8 labels with the largest ECE' in fig.get_suptitle()
     tops = [*axes[:3], *axes[6:9]]
     for k, top in zip(order, tops):
-        values = sorted(o[k].item() for o in eces.values())
-        low, high = f'{values[0]:.1%}', f'{values[-1]:.1%}'
-        assert top.get_title() == f'label {k}\nECE {low if low == high else f"{low} to {high}"}'
+        best, worst = (f((LESS, NONE, ONE_SIDED), key=lambda m: eces[m][k]) for f in (min, max))
+        low, high = f'{eces[best][k]:.1%}', f'{eces[worst][k]:.1%}'
+        assert top.get_title('left') == f'label {k}\nECE {low}' + ('' if low == high else f' ({best}) to {high}')
         curves = [o for o in top.lines if len(o.get_xdata())][1:]
         assert [o.get_label() for o in curves] == ['none', 'one-sided 0.1,0', 'uniform 0.05']
         for curve, method in zip(curves, eces):
@@ -317,15 +330,15 @@ def test_plot_of_labels():
 def test_one_method_has_one_ece():
     run = label_run(NONE, 0, k=2)
     eces = calibration_error(run['probs'], run['targs'], average=None)
-    assert {o.get_title() for o in plot_reliability([run]).axes} == {'', *(f'label {k}\nECE {eces[k]:.1%}' for k in range(2))}
+    assert {o.get_title('left') for o in plot_reliability([run]).axes} == {'', *(f'label {k}\nECE {eces[k]:.1%}' for k in range(2))}
 
 @pytest.mark.parametrize('name, shown', [('$x_$', '$x_$'), ('a $5 b_{ $6', 'a $5 b_{ $6'), ('under $5', 'under $5'), ('species '*20, 'species species species\nspecies species ...'), ('x'*99, 'x'*30 + '\n...')])
 def test_names_of_labels_are_no_formulas_and_fit(name, shown):
     "A picture can be drawn of any"
     fig = plot_reliability([{**label_run(NONE, 0, k=2), 'vocab': [name, 'b']}])
     fig.savefig(BytesIO())
-    titles = [o.get_title().replace(r'\$', '$') for o in fig.axes]
-    assert any(o.startswith(shown.split('\n')[0]) and max(map(len, o.split('\n'))) <= 30 for o in titles), titles
+    titles = [o.get_title('left').replace(r'\$', '$') for o in fig.axes]
+    assert any(o.startswith(shown.split('\n')[0]) and max(map(len, o.split('\nECE')[0].split('\n'))) <= 30 for o in titles), titles
 
 @pytest.mark.parametrize('k', [1, 2, 4])
 def test_plot_of_few_labels(k):
@@ -333,6 +346,6 @@ def test_plot_of_few_labels(k):
     runs = [label_run(NONE, 0, k=k), label_run(LESS, 0, k=k)]
     for bad in [], [1], [0, 1]:
         some = [r | dict(probs=torch.full_like(r['probs'], math.nan)) if i in bad else r for i, r in enumerate(runs)]
-        titles = [t for o in plot_reliability(some).axes if (t := o.get_title())]
+        titles = [t for o in plot_reliability(some).axes if (t := o.get_title('left'))]
         assert len(titles) == k and ('nan' in ''.join(titles)) == (bad == [0, 1])
     plot_reliability([labelled(NONE, 15, k=3, rare=True)])

@@ -97,10 +97,10 @@ def test_ends_that_the_data_do_not_limit():
     assert temperature_interval(z, y, torch.zeros(50)) == (0., INF)
 
 def drawn_labels(n, k, seed, together):
-    "Labels of sigmoid(z/2), those of a row all with the same luck or each with its own"
+    "Labels of sigmoid(z/2), those of a row all with the same random number or each with its own"
     g = torch.Generator().manual_seed(seed)
-    z, luck = 3*torch.randn(n, k, generator=g, dtype=D), torch.rand(n, 1 if together else k, generator=g, dtype=D)
-    return z, (luck < (z/2).sigmoid()).double()
+    z, u = 3*torch.randn(n, k, generator=g, dtype=D), torch.rand(n, 1 if together else k, generator=g, dtype=D)
+    return z, (u < (z/2).sigmoid()).double()
 
 COVERED = dict(rows=lambda i: drawn(30, 5, t=2., seed=i), labels=lambda i: drawn_labels(100, 5, i, False),
                labels_together=lambda i: drawn_labels(40, 10, i, True), pixels=lambda i: drawn_pixels(50, 20, i))

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss
 from fastai_smooth.ranking import aurc, risk_at, risk_coverage
 from fastai_smooth.scaling import best_temperature, cross_fitted
 from fastai_smooth.scores import *
-from fastai_smooth.scores import average_precision, precision_rows, rare_errors
+from fastai_smooth.scores import average_precision, precision_values, rare_errors
 
 NONE, UNIFORM, ONLINE = Method(), Method(.1), Method(.5, 'online')
 
@@ -153,7 +153,7 @@ def mean_precision(probs, targs, weights=None):
 def test_rows_of_mean_average_precision_are_its_derivatives():
     probs, targs = labels()
     targs[:, 2] = 0 # a label that no image has
-    n, rows, h = len(probs), precision_rows(dict(probs=probs, targs=targs)), 1e-5
+    n, rows, h = len(probs), precision_values(dict(probs=probs, targs=targs)), 1e-5
     assert rows.mean().item() == pytest.approx(mean_precision(probs, targs))
     for i in range(n):
         more, less = (mean_precision(probs, targs, 1 + s*h*np.eye(n)[i]) for s in (1, -1))
@@ -170,7 +170,7 @@ def paired(n, seed):
 def test_the_margin_is_what_a_bootstrap_of_images_shows(seeds):
     "One weight an image, for all models and seeds; two images that were not seen make it a little larger. Seeds as one, or their spread would count"
     n, pairs, rng = 300, [paired(300, seed) for seed in range(seeds)], np.random.default_rng(0)
-    rows, images = ([torch.cat([f(o[i]) for o in pairs]) for i in range(2)] for f in (precision_rows, lambda r: r['images']))
+    rows, images = ([torch.cat([f(o[i]) for o in pairs]) for i in range(2)] for f in (precision_values, lambda r: r['images']))
     one, change = estimate([rows[1]], images[1:], (0, 1)), estimate([rows[1]-rows[0]], images[1:], (-1, 1))
     worse, better = np.mean([[[mean_precision(o['probs'], o['targs'], w) for o in pair] for pair in pairs] for w in rng.exponential(size=(100, n))], 1).T
     assert .95 < one.margin/1.96/better.std() < 1.2 and .95 < change.margin/1.96/(better-worse).std() < 1.3

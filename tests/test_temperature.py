@@ -10,6 +10,7 @@ from fastai.callback.mixup import MixUp
 from fastai_smooth.all import (CalibrationInterpretation, LabelSmoothingBCEWithLogitsFlat, LabelSmoothingCrossEntropy,
                                LabelSmoothingCrossEntropyFlat, MultiLabelSmoothingCallback)
 from fastai_smooth.temperature import *
+from fastai_smooth.temperature import TemperatureReminder
 from fastai_smooth.scaling import *
 from fastai_smooth.scaling import fitted
 
@@ -233,7 +234,7 @@ def test_smoothing_carries_a_normalised_temperature():
 def test_it_is_interpreted_as_it_predicts():
     interp, t = CalibrationInterpretation.from_learner(learn := by_shape().fit_temperature()), learn.temperature
     near(interp.after, learn.get_preds()[0], 1e-5), near(interp.raw, valid_logits(learn)[0].softmax(1), 1e-6)
-    assert interp.temperature == t and interp.plot_confidences(return_fig=True).axes[1].get_title() == f'after normalising (s={t.s:.3g}, p={t.p:g})'
+    assert interp.temperature == t and interp.plot_confidences(return_fig=True).axes[1].get_title('left').startswith(f'after normalising (s={t.s:.3g}, p={t.p:g})')
     plt.close('all')
     table = interp.summary(n_boot=20).round(4)
     assert all(o == t for o in table.xs('after T', level=1)['T']) and (table.xs('raw', level=1)['T'] == 1.).all() and str(t) in table.to_string()

@@ -11,7 +11,7 @@ import fastai_smooth.tune as tune
 from fastai_smooth.all import *
 from fastai_smooth.noise import noise_estimate
 from fastai_smooth.scaling import *
-from fastai_smooth.temperature import *
+from fastai_smooth.temperature import TemperatureReminder
 from fastai_smooth.tune import *
 
 NAN = math.nan
@@ -146,8 +146,9 @@ def test_the_smallest_pair():
     with pytest.warns(UserWarning, match=r'best eps is \(0.2, 0.1\), the edge'): assert tune._of_grid(FIRST, grid.assign(behind=[.1, .1, .1, 0.])).eps == (.2, .1)
     tune._plot(found, *drawn(60, 3, multi=True), None)
     ax = plt.gca()
-    assert [o.get_text() for o in ax.texts] == ['(0.1, 0)', '(0.2, 0.1)'] and 'of a pair the mean' in ax.get_xlabel() and 'eps=(0.1, 0)' in ax.get_title()
-    near(ax.lines[0].get_xdata(), [0., .05, .05, .15]), near(ax.lines[-1].get_xdata(), [.05]*2)
+    assert [o.get_text() for o in ax.texts] == ['(0.1, 0)', '(0.2, 0.1)'] and 'of a pair the mean' in ax.get_xlabel() and 'eps=(0.100, 0.000)' in ax.get_title(loc='left')
+    pilots, dot = (o.lines[0].get_xydata() for o in ax.containers)
+    near(pilots[:, 0], [0., .05, .05, .15]), near(dot, pilots[2:3])
     plt.close('all')
 
 @pytest.mark.parametrize('make', [lambda: trainable(True).to_smooth(.1, prior=V), lambda: trainable(True, LabelSmoothingBCEWithLogitsFlat(.1, prior=V))])
@@ -226,15 +227,15 @@ def test_an_error_that_no_noise_explains_is_that_of_the_pilot(multi):
     with pytest.warns(UserWarning, match='its own and not that of the labels.*longer'): found = find(given(z, y), fit=noop)
     assert is_default(found, .05 if multi else .1) and .2 < found.valid_error < .35
 
-def test_rows_that_are_known_by_heart_tell_nothing_about_labels():
+def test_items_that_are_known_by_heart_tell_nothing_about_labels():
     "50 images, 30 times"
     learn = digits(n=1050, n_valid=1000)
     learn.dls.train.bs = 16
     with pytest.warns(UserWarning, match='by heart.*shorter'): assert is_default(find(learn, 30, share=1.), .1)
 
 def errors_of(train, valid):
-    "`_Errors` of a training with these errors in its thirds, and validations: (after which third, error); each of 1,000 decisions"
-    res = tune._Errors()
+    "`CountErrors` of a training with these errors in its thirds, and validations: (after which third, error); each of 1,000 decisions"
+    res = tune.CountErrors()
     res.train = [(tensor(round(1000*e)), 1000) for e in train]
     res.valid = [(at, [(tensor(round(1000*e)), 1000)]) for at, e in valid]
     return res
@@ -353,10 +354,16 @@ def test_a_figure_is_made(multi, kind):
     found = quietly(find, learn, show_plot=True, **dict(one=dict(fit=noop), full=dict(fit=noop, full=True, epss=[.1]), not_learnt=dict(n_epoch=1), untrained=dict(fit=noop))[kind])
     assert len(plt.get_fignums()) == 1 and found.learnt == (kind in ('one', 'full'))
     ax, = plt.gcf().axes
-    labels = ' '.join(o.get_text() for o in ax.get_legend().get_texts())
-    assert ax.get_xlabel() and ax.get_ylabel() and f'eps={found.eps:.3g}' in ax.get_title() and (f'suggested eps {found.eps:.3f}' if found.learnt else 'validation error') in labels
+    dots = [o for o in ax.containers if o.lines[0].get_markersize() == 8]
+    assert ax.get_xlabel() and ax.get_ylabel() and f'Suggested: eps={found.eps:.3f}, ' in ax.get_title(loc='left')
+    assert (f'suggested eps: {found.eps:.3f} (' if found.learnt else f'at the end: {found.valid_error:.3f} (95% interval') in dots[-1].get_label()
+    assert dots[-1].get_label() in [o.get_text() for o in ax.get_legend().get_texts()]
+    if found.learnt: near(dots[-1].lines[0].get_xdata(), found.eps)
+    bottom, top = ax.collections[-1].get_segments()[0]   # from the dot down to the axis
+    near(top, dots[-1].lines[0].get_xydata()[0])
+    near(bottom, (top[0], ax.get_ylim()[0]))
     colors = {matplotlib.colors.to_hex(o.get_color()) for o in ax.lines}
-    assert not colors & {matplotlib.colors.to_hex(f'C{i}') for i in range(4)}   # they have meanings of their own
+    assert colors <= {'#000000', '#808080', '#5e3c99'} and plt.rcParams['axes.spines.top']   # of the palette; the user's style is as it was
     plt.gcf().canvas.draw()
     plt.close('all')
     quietly(find, learn, fit=noop)

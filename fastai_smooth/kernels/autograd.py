@@ -1,4 +1,4 @@
-"""What both heads need of autograd: what can be read, in which dtype sums are made, and how a gradient meets its factor."""
+"""What both losses need of autograd: what can be read, in which dtype sums are made, and how a gradient meets its factor."""
 from __future__ import annotations
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def plain_grads(inputs, grad_output: Tensor, plain_loss, *args):
     grads = iter(torch.autograd.grad(loss, [v for v, wants in zip(inputs, wanted) if wants], grad_output, create_graph=again))
     return [next(grads) if wants else None for wants in wanted]
 
-def room_for_grad(x: Tensor):
+def empty_grad(x: Tensor):
     """Memory for a gradient that the forward makes, before it is known what it will be multiplied by; None where the backward makes it.
 
     Half precision is rounded once, after that: on a GPU, where launches cost more than memory, it is kept in float32 till then; on a CPU

@@ -105,7 +105,7 @@ def check_shape(name, v, num_classes, dims):
         raise ValueError(f"{name} must have shape {(k,) * dims} for {k} classes, got {tuple(v.shape)}")
 
 def check_prior(prior, num_classes=None, sigmoid=False, values=True):
-    """`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid head a probability a label: [K], or [2,K] with
+    """`prior` is a distribution over the classes ([K], [K,K] by rows), or for the sigmoid loss a probability a label: [K], or [2,K] with
     one of its negatives and one of its positives."""
     check_dense('prior', prior)
     rows = prior.dim() == 2

@@ -1,4 +1,4 @@
-"""The functions users call: arguments in, checks, and the choice of who computes."""
+"""The functions users call: they check their arguments, and choose the implementation."""
 from __future__ import annotations
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ BACKENDS = 'torch', 'triton'
 
 def check_backend(backend):
     "Raises where there is no such backend, or it is not installed."
-    if backend == 'triton': triton_heads()
+    if backend == 'triton': triton_losses()
     elif backend != 'auto' and backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
 
-def triton_heads():
+def triton_losses():
     "The package of the fused kernels: `softmax` and `sigmoid`."
     try: from . import triton
     except ImportError as e:
@@ -33,27 +33,27 @@ def select_backend(backend, x):
     """The fused kernels, where they are asked for; else None: 'auto' is the torch implementation everywhere, until the whole test suite
     has run on a GPU."""
     if backend != 'triton': return check_backend(backend)
-    heads = triton_heads()
-    if not (x.is_meta or heads.runs_on(x)):
+    fused = triton_losses()
+    if not (x.is_meta or fused.runs_on(x)):
         raise ValueError(f"backend='triton' is for logits on a GPU, these are on {x.device}: move them there, or take backend='auto'")
-    return heads
+    return fused
 
 def smooth_targets(
     target,                     # Class indices of shape (...), any integer dtype; or labels of shape (...,K)
     num_classes: int = None,    # K; needed for class indices, checked against `axis` otherwise
-    eps = None,                 # Smoothing, in [0,1] (default .1), or Tensor[K]; with `sigmoid` in [0,.5] (default .05), or (e0,e1)
+    eps = None,                 # Share that is smoothed, in [0,1] (.1), or Tensor[K]; with sigmoid in [0,.5] (.05), or (e0,e1)
     *,
-    prior: Tensor = None,       # Where the mass goes: [K], or [K,K] by target class; with `sigmoid` [K], or [2,K] by label
+    prior: Tensor = None,       # To which eps is moved, instead of uniform: [K], or [K,K] by target class; with sigmoid [K] or [2,K]
     spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
     multi_hot: bool = False,    # Several ones a row, softmax: they share 1-eps
     sigmoid: bool = False,      # Labels are independent: positives become 1-eps, negatives eps
-    axis: int = None,           # Of the classes in q: the last one; with `sigmoid` that of `smooth_binary_cross_entropy_with_logits`
+    axis: int = None,           # Of the classes in q: the last one; with sigmoid that of `smooth_binary_cross_entropy_with_logits`
 ) -> Tensor: # q: like `target` when that is floating, else of the default dtype; indices get a new axis of K
-    """The smoothed target q itself, dense: `(1-eps)*y + eps*u`, and with `sigmoid` `(1-2*eps)*y + 2*eps*u`, or `e0 + (1-e0-e1)*y`.
+    """The smoothed target q itself, dense: `(1-eps)*y + eps*u`, and with sigmoid `(1-2*eps)*y + 2*eps*u`, or `e0 + (1-e0-e1)*y`.
 
     Class indices of shape (...) give q of shape (...,K); labels of shape (...,K) keep it: floating ones (one-hot or
-    soft, whose rows sum to 1), and with `multi_hot` or `sigmoid` bool and integer ones. Where there is no prior, u is
-    1/K, and with `sigmoid` 1/2. Of a prior [2,K] negatives have the first row as their u, positives the second.
+    soft, whose rows sum to 1), and with multi_hot or sigmoid bool and integer ones. Where there is no prior, u is
+    1/K, and with sigmoid 1/2. Of a prior [2,K] negatives have the first row as their u, positives the second.
 
     Raises ValueError for options that do not go together or are out of range, and for rows of soft labels that do not
     sum to 1; TypeError for what is no tensor of real numbers or of a dtype that the options do not go with; IndexError
@@ -70,7 +70,7 @@ def smooth_targets(
     if axis is not None: axis = check_whole('axis', axis)
     if sigmoid:
         if multi_hot or spread != 'all':
-            raise ValueError(f"the sigmoid head smooths each label alone: it takes no multi_hot and no spread={spread!r}")
+            raise ValueError(f"sigmoid=True smooths each label alone: it takes no multi_hot and no spread={spread!r}")
         return _smooth_labels(target, num_classes, .05 if eps is None else eps, prior, axis, values)
     if axis is None: axis = -1
     index, s = None, unwrapped_options(Smoothing(.1 if eps is None else eps, prior, spread, multi_hot))
@@ -111,18 +111,18 @@ def _smooth_labels(target, num_classes, eps, prior, axis, values):
 def smooth_cross_entropy(
     input: Tensor,              # Logits, classes along `axis`: (N,K), (N,K,d1,...), or (K,) for a single row
     target: Tensor,             # Class indices shaped like `input` without `axis`, or soft labels shaped like `input`
-    eps: float | Tensor = .1,   # Smoothing in [0,1]; Tensor[K]: each row takes that of its class
+    eps: float | Tensor = .1,   # Share of the target that is smoothed, in [0,1]; Tensor[K]: each row takes that of its class
     *,
-    prior: Tensor = None,       # Where the mass goes instead of to all classes alike: [K], or [K,K] by target class
+    prior: Tensor = None,       # Distribution to which eps is moved, instead of uniform: [K], or [K,K] by target class
     spread: str = 'all',        # 'all': true class 1-eps+eps/K, others eps/K; 'others': 1-eps and eps/(K-1)
     multi_hot: bool = False,    # `target` is 0/1 (any dtype) shaped like `input`; its ones share 1-eps
     weight: Tensor = None,      # [K]; weighs both terms, and the mean is over the rows' weights, as in PyTorch
-    ignore_index: int = -100,   # Rows with this class index count for nothing
+    ignore_index: int = -100,   # Rows with this class index are left out, of the loss and of its mean
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
     axis: int = 1,              # Of the classes in `input`
-    backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
+    backend: str = 'auto',      # Implementation: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
 ) -> Tensor: # In nats: a float32 scalar (float64 for float64 logits), or a value a row, shaped like class indices would be
-    """Cross entropy of logits against smoothed targets: `F.cross_entropy(label_smoothing=eps)`, and its relatives.
+    """Cross entropy of logits against smoothed targets: `F.cross_entropy(label_smoothing=eps)`, with more options.
 
     Equals PyTorch's wherever that is finite. Beyond it: a prior, `spread`, `multi_hot` and per-class eps; float32
     accumulation and result for half precision; 0. where no row is left (PyTorch: nan); masked logits (-inf) get no
@@ -143,14 +143,14 @@ def smooth_cross_entropy(
 def smooth_binary_cross_entropy_with_logits(
     input: Tensor,              # Logits, any shape
     target: Tensor,             # Labels in [0,1] shaped like `input`: bool, integer or floating
-    eps: float | tuple = .05,   # Smoothing in [0,1/2]: a positive becomes 1-eps, a negative eps; or (e0,e1): they become 1-e1 and e0
+    eps: float | tuple = .05,   # In [0,1/2]: a positive becomes 1-eps, a negative eps; or (e0,e1): they become 1-e1 and e0
     *,
     prior: Tensor = None,       # [K] label frequencies, to smooth to instead of 1/2; or [2,K], of negatives and of positives
     weight: Tensor = None,      # As in `F.binary_cross_entropy_with_logits`: broadcasts to `input`
     pos_weight: Tensor = None,  # As there: the weight of positives, broadcasts to `input`
     reduction: str = 'mean',    # 'mean', 'sum' or 'none'
     axis: int = None,           # Of the labels that `prior` is of. None: the last of (N,K), 1 of images (N,K,H,W); (N,H,W) are of one label
-    backend: str = 'auto',      # Who computes: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
+    backend: str = 'auto',      # Implementation: 'torch', 'triton' (a fused kernel for CUDA), or 'auto', which is 'torch' so far
 ) -> Tensor: # In nats: a float32 scalar (float64 for float64 logits), or a value a logit
     """Binary cross entropy of logits against smoothed labels, for multi-label targets. Keras' `label_smoothing` is 2 eps.
 
@@ -205,7 +205,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
         loss = softmax.pytorch_loss(input, target, smoothing, weight, ignore_index, reduction, axis)
         if loss is not None: return loss
     x, y = unwrapped_logits(input), unwrapped('target', target)
-    heads = select_backend(backend, x)
+    fused = select_backend(backend, x)
     if weight is not None: weight = unwrapped('weight', weight)
     smoothing = unwrapped_options(smoothing)
     check_reduction(reduction)
@@ -219,10 +219,10 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
         resolved, plain = resolve_indices(target, x, traced), traced or others
         scale = None if plain else resolved.scale(x, reduction)
         # the fused kernel looks for ignored rows by itself
-        if heads and not plain: return linear_loss(x, target, reduction, scale, heads.softmax.GRAD_LATE, plain)
+        if fused and not plain: return linear_loss(x, target, reduction, scale, fused.softmax.GRAD_LATE, plain)
         return linear_loss(x, resolved, reduction, scale, softmax, plain)
-    if heads and not others and not (traced and has_no_storage(x, y)) and heads.softmax.supports(x, target):
-        return heads.softmax.softmax_loss(x, target, reduction)
+    if fused and not others and not (traced and has_no_storage(x, y)) and fused.softmax.supports(x, target):
+        return fused.softmax.softmax_loss(x, target, reduction)
     return softmax.softmax_loss(x, resolve_indices(target, x, traced), reduction, traced or others)
 
 def sharded_cross_entropy(x, y, smoothing, weight, ignore_index, reduction, axis, checked):
@@ -237,7 +237,7 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
         loss = sigmoid.pytorch_loss(input, target, eps, prior, weight, pos_weight, reduction)
         if loss is not None: return loss
     x, y = unwrapped_logits(input), unwrapped('target', target)
-    heads = select_backend(backend, x)
+    fused = select_backend(backend, x)
     check_reduction(reduction)
     check_labels(x, y)
     check_device(x, y)
@@ -253,8 +253,8 @@ def binary_cross_entropy(input, target, eps, prior, weight, pos_weight, reductio
     linear = type(x) is LinearLogits
     traced, others = tracing(x.parts[0] if linear else x, y), needs_grad(y, prior, weight, pos_weight)
     if linear:
-        head = heads.sigmoid.GRAD_LATE if heads and not (traced or others) else sigmoid
-        return linear_loss(x, target, reduction, target.scale(x, reduction), head, traced or others)
-    if heads and not others and not (traced and has_no_storage(x, y)) and heads.sigmoid.supports(x, target):
-        return heads.sigmoid.sigmoid_loss(x, target, reduction)
+        by = fused.sigmoid.GRAD_LATE if fused and not (traced or others) else sigmoid
+        return linear_loss(x, target, reduction, target.scale(x, reduction), by, traced or others)
+    if fused and not others and not (traced and has_no_storage(x, y)) and fused.sigmoid.supports(x, target):
+        return fused.sigmoid.sigmoid_loss(x, target, reduction)
     return sigmoid.sigmoid_loss(x, target, reduction, traced or others)

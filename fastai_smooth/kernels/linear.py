@@ -30,8 +30,8 @@ class LinearLogits(Tensor):
         name = func.__name__
         if name == 'float': return args[0]  # mixed precision asks for it; losses are made in float32 in any case
         if name in ('__get__', '__len__', 'size', 'dim', 'numel', 'is_floating_point', 'requires_grad_'):  # '__get__': shape, dtype, ...
-            answer = super().__torch_function__(func, types, args, kwargs or {})
-            if type(answer) is not cls or answer is args[0]: return answer
+            res = super().__torch_function__(func, types, args, kwargs or {})
+            if type(res) is not cls or res is args[0]: return res
         if name == '__get__': name = getattr(func.__self__, '__name__', name)  # of the attribute
         # no TypeError, which torch's operators take for NotImplemented: x == y would be False
         raise RuntimeError(f"{name} needs logits that are not there: in training the loss makes them from this linear layer's input, some "
@@ -49,7 +49,7 @@ class LinearLogits(Tensor):
 
 class Run(NamedTuple):
     "How the loss of a linear layer's logits is computed."
-    head: object            # softmax.py or sigmoid.py, or what stands for it on Triton
+    module: object          # softmax.py or sigmoid.py, or what stands for it on Triton
     reduction: str
     scale: float | Tensor   # Of the sum of losses: 1 over what a mean is over, or 1
     chunk_rows: int
@@ -59,7 +59,7 @@ def cast(dtype, *tensors): return [None if v is None else v.to(dtype) for v in t
 
 def plain_loss(x, weight, bias, target, run: Run):
     "The loss from all logits, in ops that torch can differentiate and compile."
-    return run.head.plain_loss(F.linear(*cast(run.dtype, x, weight, bias)), target, run.reduction)
+    return run.module.plain_loss(F.linear(*cast(run.dtype, x, weight, bias)), target, run.reduction)
 
 def by_chunks(input, weight, bias, target, run: Run, wanted=(False, False, False), factor=1.):
     """The loss, and a list of its gradients of input, weight and bias, times `factor` (a number, or one a loss).
@@ -80,7 +80,7 @@ def by_chunks(input, weight, bias, target, run: Run, wanted=(False, False, False
         if b is None: torch.mm(rows, w.T, out=logits)
         else: torch.addmm(b, rows, w.T, out=logits)
         targets = target.chunk((chunk, slice(None)))
-        loss = run.head.loss_and_grad(logits, targets, reduction, run.scale, G, part(factor, chunk))  # and the gradient of logits, in G
+        loss = run.module.loss_and_grad(logits, targets, reduction, run.scale, G, part(factor, chunk))  # and the gradient of logits, in G
         losses.append(loss if loss.dim() else loss[None])
         if of_input is not None: of_input[chunk] = G @ w
         if of_weight is not None and G.dtype == acc: of_weight.addmm_(G.T, rows)
@@ -119,9 +119,9 @@ class LinearLoss(torch.autograd.Function):
                 if g is not None: g.mul_(factor)
         return *(None if g is None else g.to(v.dtype) for g, v in zip(grads, parts)), None, None
 
-def linear_loss(x: LinearLogits, target, reduction: str, scale, head, plain: bool) -> Tensor:
+def linear_loss(x: LinearLogits, target, reduction: str, scale, module, plain: bool) -> Tensor:
     "The loss of logits `x`; `plain` where something else than their parts needs a gradient, or torch is tracing."
-    args = *x.parts, target, Run(head, reduction, scale, x.chunk_rows, x.dtype)
+    args = *x.parts, target, Run(module, reduction, scale, x.chunk_rows, x.dtype)
     # the dtype of the products is that which autocast chose for the layer, where that was called
     with torch.autocast(x.device.type, enabled=False) if amp.is_autocast_available(x.device.type) else nullcontext():
         if plain or not x.numel(): return plain_loss(*args)

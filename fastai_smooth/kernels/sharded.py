@@ -1,4 +1,4 @@
-"""The softmax head for classes that are too many for one device: logits as a DTensor that is sharded along the class axis.
+"""The softmax loss for classes that are too many for one device: logits as a DTensor that is sharded along the class axis.
 
 The softmax's denominator and sum_k t_k x_k are sums over classes. Each rank adds up its own classes, and two all-reduces make
 them whole: a maximum (N numbers) and both sums (2 N), whatever K is. The backward moves nothing. The rule of a gradient for

@@ -1,4 +1,4 @@
-"""The sigmoid head in torch ops, with a hand-written gradient.
+"""The sigmoid loss in torch ops, with a hand-written gradient.
 
 For each logit x, with its smoothed label q = e0 + (1 - e0 - e1) * y and l = 1 + (pos_weight - 1) * q:
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .autograd import accumulator, eager_on_cpu, plain_grads, room_for_grad, scaled_grad
+from .autograd import accumulator, eager_on_cpu, empty_grad, plain_grads, scaled_grad
 from .checks import REDUCTIONS
 from .chunks import chunks, part
 from .targets import SigmoidTarget, smooth_labels
@@ -68,7 +68,7 @@ class SigmoidLoss(torch.autograd.Function):
     def forward(ctx, x, target, reduction, scale):
         ctx.save_for_backward(x, *target.tensors())
         ctx.rest = target, reduction, scale
-        ctx.grad = grad = room_for_grad(x)
+        ctx.grad = grad = empty_grad(x)
         return loss_and_grad(x, target, reduction, scale, grad)
 
     @staticmethod

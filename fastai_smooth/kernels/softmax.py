@@ -1,4 +1,4 @@
-"""The softmax head in torch ops: a formula that torch can differentiate and compile, and a loop that computes it in the cache.
+"""The softmax loss in torch ops: a formula that torch can differentiate and compile, and a loop that computes it in the cache.
 
 With t = w * q (`targets.py`) and A = sum_k t_k, for each row of logits x:
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .autograd import accumulator, eager_on_cpu, plain_grads, room_for_grad, scaled_grad
+from .autograd import accumulator, eager_on_cpu, empty_grad, plain_grads, scaled_grad
 from .checks import REDUCTIONS, check_soft_rows
 from .chunks import chunks, part
 from .targets import Smoothing, SoftmaxTarget, along, coefficients
@@ -163,12 +163,12 @@ def loss_and_grad(x: Tensor, target: SoftmaxTarget, reduction: str, scale, grad:
 class SoftmaxLoss(torch.autograd.Function):
     """The loss with its gradient by hand, which the forward makes and the first backward hands over.
 
-    A later backward (retain_graph) makes it anew; so does the first one where the forward left it none (`room_for_grad`)."""
+    A later backward (retain_graph) makes it anew; so does the first one where the forward left it none (`empty_grad`)."""
 
     @staticmethod
     def forward(ctx, x, target, reduction, scale):
         ctx.save_for_backward(x, *target.tensors())
-        ctx.grad = grad = room_for_grad(x)
+        ctx.grad = grad = empty_grad(x)
         ctx.rest = target, reduction, scale
         return loss_and_grad(x, target, reduction, scale, grad)
 

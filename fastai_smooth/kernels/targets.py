@@ -1,4 +1,4 @@
-"""What the smoothed target is. Both heads and all implementations take it from here.
+"""What the smoothed target is. Both losses and all implementations take it from here.
 
     softmax:  t_k = w_k * (own * y_k + each * u_k)    u: 1 for each class, or a prior; `coefficients` gives own and each
     sigmoid:  q   = e0 + (1 - e0 - e1) * y            a negative becomes e0, a positive 1 - e1; `eps_pair` gives e0 and e1
@@ -46,12 +46,12 @@ def mean_over(weight, rows):
     total = weight + (rows == 0)
     return total / (total != 0)                          # 0/0 is nan
 
-# --- the softmax head -------------------------------------------------------------------------------------------------
+# --- the softmax loss -------------------------------------------------------------------------------------------------
 
 class Smoothing(NamedTuple):
-    "How targets are smoothed on the softmax head. `prior` and a tensor `eps` are used in the dtype they have."
-    eps: float | Tensor = .1     # In [0, 1]; or one value a class, of shape [K]
-    prior: Tensor | None = None  # Where the mass goes: [K], or [K,K] with a row for each target class
+    "How targets are smoothed for the softmax loss. `prior` and a tensor `eps` are used in the dtype they have."
+    eps: float | Tensor = .1     # Share that is smoothed, in [0, 1]; or one value a class, of shape [K]
+    prior: Tensor | None = None  # Distribution to which eps is moved (None: uniform): [K], or [K,K] by target class
     spread: str = 'all'          # 'all': every class gets a share; 'others': all but the positives do
     multi_hot: bool = False      # Targets are 0/1 vectors with any number of ones, which share what smoothing leaves
 
@@ -94,7 +94,7 @@ class SoftmaxTarget(NamedTuple):
     axis: int                      # Of the classes in the logits
     weight: Tensor | None = None   # [K]
     ignore_index: int = -100       # What `ignored` is made of
-    ignored: Tensor | None = None  # [rows], True where a row counts for nothing; None where there is no such row
+    ignored: Tensor | None = None  # [rows], True where a row is left out; None where there is no such row
     invalid: Tensor | None = None  # [rows], True where an index was out of range and could not be reported: nan
 
     def tensors(self):
@@ -143,7 +143,7 @@ def one_hot(index: Tensor, num_classes: int, axis: int, dtype: torch.dtype) -> T
     classes = torch.arange(num_classes, device=index.device)
     return (index.unsqueeze(axis) == along(classes, axis, index.dim() + 1)).to(dtype)
 
-# --- the sigmoid head -------------------------------------------------------------------------------------------------
+# --- the sigmoid loss -------------------------------------------------------------------------------------------------
 
 def label_axis(ndim: int, axis: int | None = None):
     """The axis of the labels in logits of a sigmoid loss with `ndim` dimensions; None where all logits are of one label.

@@ -65,7 +65,7 @@ def lay_out(x, layout):
     if layout == 'offset': return torch.cat([x[:1], x])[1:]
     return x.contiguous()
 
-def near(actual, expected, tolerance, floor=.1): return distance(floor + actual, floor + expected) < tolerance   # a loss of 1e-9 has no digits
+def near(actual, expected, tolerance, shift=.1): return distance(shift + actual, shift + expected) < tolerance   # a loss of 1e-9 has no digits
 def cast(v, dtype): return v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
 def cast_all(options, dtype): return {k: cast(v, dtype) for k, v in options.items()}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad, grad
 
 from fastai_smooth.kernels import sigmoid, smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy, softmax
-from fastai_smooth.kernels.autograd import accumulator, room_for_grad, scaled_grad
+from fastai_smooth.kernels.autograd import accumulator, empty_grad, scaled_grad
 from .cases import HOT, INDEX, ON_TRITON, SOFT, SOFTMAX, W, by_reduction, every_option, logits, plain_loss, some_options
 from reference import distance, loss_and_grad
 
@@ -177,8 +177,8 @@ def test_half_precision_gradient_is_rounded_once(head, dtype, by):
 
 def test_half_precision_gradient_kept_in_float32(monkeypatch):
     "As on a GPU, where launches cost more than memory: so it is rounded once, and not made twice."
-    for dtype in (torch.float16, torch.bfloat16, torch.float32): assert room_for_grad(torch.zeros(2, 3, dtype=dtype, device='meta')).dtype == torch.float32
-    for module in (softmax, sigmoid): monkeypatch.setattr(module, 'room_for_grad', lambda x: torch.empty_like(x, dtype=torch.float32))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32): assert empty_grad(torch.zeros(2, 3, dtype=dtype, device='meta')).dtype == torch.float32
+    for module in (softmax, sigmoid): monkeypatch.setattr(module, 'empty_grad', lambda x: torch.empty_like(x, dtype=torch.float32))
     for dtype in (torch.bfloat16, torch.float16): test_half_precision_gradient_is_rounded_once('soft', dtype, 3.)
     for head in ('index', 'sigmoid'): test_half_precision_gradient_is_rounded_once(head, torch.bfloat16, 'a row')
 
@@ -194,7 +194,7 @@ def made(x, kept, grad_output):
 def test_scaled_grad(dtype):
     "What the forward made is handed over, multiplied where it is not by 1; a later backward makes it as it was, and multiplies then."
     x, rows = torch.zeros(3, 4, dtype=dtype), torch.tensor([[1.], [2.], [0.]], dtype=dtype)
-    assert accumulator(x) == dtype and room_for_grad(x).shape == x.shape and room_for_grad(x).dtype == dtype
+    assert accumulator(x) == dtype and empty_grad(x).shape == x.shape and empty_grad(x).dtype == dtype
     kept = torch.full_like(x, 2.)
     assert made(x, kept, torch.tensor(1., dtype=dtype)) == (kept, [])
     for g in (torch.tensor(3., dtype=dtype), torch.tensor(3., dtype=dtype).expand(3, 1), rows):   # one number, of loss.mean() and of losses.sum()
@@ -213,8 +213,8 @@ def test_scaled_grad_in_half_precision(dtype):
         assert torch.equal(res, (2 * g).expand(3, 4).to(dtype))
         kept, factors = made(x, torch.full((3, 4), 2.), g)
         assert torch.equal(kept, res) and kept.dtype == dtype and factors == []
-    if (room := room_for_grad(x)) is not None:   # made in the forward, for a factor of 1
-        assert room.dtype == dtype
+    if (empty := empty_grad(x)) is not None:   # made in the forward, for a factor of 1
+        assert empty.dtype == dtype
         first = torch.full_like(x, 2.)
         assert made(x, first, torch.tensor(1.)) == (first, [])
         res, factors = made(x, first, torch.tensor(3.))

@@ -49,7 +49,7 @@ XY, XL = dict(input=X, target=Y), dict(input=X, target=torch.ones(2, 3))
     (smooth_cross_entropy, XY | dict(target=Y.float()), ValueError, r'floating point targets must be shaped like input.*class indices are integers: target.long\(\)'),
     (smooth_targets, dict(target=torch.tensor([0]), num_classes=2, prior=torch.tensor([1, 1])), ValueError, '^prior must sum to 1, got 2; divide counts by their sum'),
     (smooth_targets, dict(target=torch.tensor([0]), num_classes=2, prior=torch.tensor([[.5, .5], [1, 1]])), ValueError, '^every row of prior must sum to 1, got 2'),
-    (smooth_targets, dict(target=torch.ones(2, 3), sigmoid=True, spread='others'), ValueError, 'the sigmoid head smooths each label alone'),
+    (smooth_targets, dict(target=torch.ones(2, 3), sigmoid=True, spread='others'), ValueError, 'sigmoid=True smooths each label alone'),
     (smooth_targets, dict(target=torch.tensor([True])), TypeError, 'bool targets are multi-hot: pass multi_hot=True or sigmoid=True'),
     (smooth_targets, dict(target=torch.tensor([1])), ValueError, 'class indices need num_classes'),
     (partial(check_whole, 'n', low=1, high=4), dict(v=5), ValueError, 'n must be a whole number of 1 or more, 4 at most, got 5'),

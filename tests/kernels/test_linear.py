@@ -187,7 +187,7 @@ class Products(TorchDispatchMode):
 def test_frozen_parts(loss_func, target, reduction, dtype, monkeypatch):
     "Get no gradient, and no product is made for one: a chunk has one for its logits, one for the input, one for the weight."
     chunks, late = 2, reduction == 'none' or dtype == torch.float16   # then the backward makes the logits anew
-    seen = []   # was there room for a gradient of the logits?
+    seen = []   # was there memory for a gradient of the logits?
     for head in (softmax, sigmoid):
         monkeypatch.setattr(head, 'loss_and_grad', lambda *args, f=head.loss_and_grad: seen.append(args[4] is not None) or f(*args))
     for needs in product((True, False), repeat=3):
@@ -352,7 +352,7 @@ def test_memory_of_chunks(kind, dtype):
 
 # ---------------------------------------------------------------- what stands for the logits
 
-def test_linear_logits_answer():
+def test_linear_logits_have_a_shape():
     "What can be known without them; all else raises an error that says what to do."
     x, weight, bias = layer(dtype=torch.float32)
     logits = linear_logits(x, weight, bias)

@@ -20,7 +20,7 @@ from reference import REDUCTIONS, loss_and_grad
 HALF = torch.float16, torch.bfloat16
 DTYPES = torch.float32, *HALF
 EPS = 0., math.nextafter(0, 1), 1e-8, 1e-4, .1, .9, 1 - 2**-24, math.nextafter(1, 0), 1.
-HALF_EPS = *(eps / 2 for eps in EPS), math.nextafter(.01, 0), .01   # of the sigmoid head, which sums in another way from .01 on
+HALF_EPS = *(eps / 2 for eps in EPS), math.nextafter(.01, 0), .01   # of the sigmoid loss, which sums in another way from .01 on
 ULPS, TINY = 4, torch.finfo(torch.float32).tiny
 pytestmark = pytest.mark.filterwarnings('ignore:.*weight')  # past the flip
 
@@ -71,7 +71,7 @@ def compare(x, y, kind, all_eps=EPS, ours=partial(loss_and_grad, smooth_cross_en
     return found
 
 def compare_binary(x, y, kind, all_eps=HALF_EPS, reduction='mean', **weights):
-    """The same of the sigmoid head. PyTorch's try in half precision counts where each row does: it loses whole digits, whose mean
+    """The same of the sigmoid loss. PyTorch's try in half precision counts where each row does: it loses whole digits, whose mean
     may come out right by chance."""
     acc, found = torch.promote_types(x.dtype, torch.float32), []
     for eps in all_eps:

@@ -97,14 +97,14 @@ def test_seed_example():
     logits = torch.tensor([[0, .2, .7, .1, 0], [0, .9, .2, .2, 1], [1, .2, .7, .9, 1]])
     assert abs(smooth_cross_entropy(logits, torch.tensor([2, 1, 0]), .5).item() - 1.4670) < 5e-5
 
-@pytest.mark.parametrize('K,gap,floor', [(2, 2.944, .1985), (3, 3.3322, None), (10, 4.511, .5003), (100, None, .7778), (1000, 9.105, 1.0148)])
-def test_optimum_and_floor(K, gap, floor):
+@pytest.mark.parametrize('K,gap,smallest', [(2, 2.944, .1985), (3, 3.3322, None), (10, 4.511, .5003), (100, None, .7778), (1000, 9.105, 1.0148)])
+def test_optimum_and_smallest_possible_loss(K, gap, smallest):
     "The loss is least where the true logit is ln(K(1-eps)/eps + 1) above the others: to this value, and no lower."
     best = math.log(K * .9 / .1 + 1)
     x = torch.zeros(1, K, dtype=torch.float64)
     x[0, 0] = best
     loss, grad = loss_and_grad(smooth_cross_entropy, x, torch.tensor([0]), .1)
-    assert grad.abs().max() < 1e-12 and abs(best - (gap or best)) < 6e-4 and abs(loss - (floor or loss)) < 6e-5
+    assert grad.abs().max() < 1e-12 and abs(best - (gap or best)) < 6e-4 and abs(loss - (smallest or loss)) < 6e-5
     for _ in range(10): assert smooth_cross_entropy(x + .1 * torch.randn(1, K), torch.tensor([0]), .1) > loss
 
 @pytest.mark.parametrize('spread', ['all', 'others'])

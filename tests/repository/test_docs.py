@@ -78,6 +78,19 @@ def test_imports_stand_alone_where_the_api_is_shown(nb):
         kinds = {type(n) for n in ast.parse(o).body}
         assert not (kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign}), o
 
+@of_notebooks
+def test_a_page_hides_nothing_that_its_code_needs(nb):
+    "A reader pastes what is shown; .ci/notebooks.py runs just that"
+    hidden = [o for o in cells(nb) if re.search(r'(?m)^#\| *(hide|include: *false|output: *false)', o)]
+    assert hidden in ([], ['#| hide\nimport nbdev; nbdev.nbdev_export()'])
+
+@of_notebooks
+def test_no_sentence_announces_what_is_not_shown(nb):
+    "It would end with a colon, before a cell that the page leaves out"
+    both = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    texts = [(o['cell_type'], ''.join(o['source']).rstrip()) for o in both]
+    assert not [a for (kind, a), (_, b) in zip(texts, texts[1:]) if kind == 'markdown' and a.endswith(':') and re.search(r'(?m)^#\| *(exporti?|hide)\b', b)]
+
 DEBRIS = re.compile('|'.join([r'(?<![\w.:/-])/(?:work|root|home|tmp|Users|mnt|private|var/folders)/[\w.-]', r'\b\w*Warning:', r'[█▏▎▍▌▋▊▉]|\r(?!\n)|<progress\b|progress-bar-interrupted',
                               r'\b(?:it/s|s/it)\]', r'Traceback \(most recent call last\)', r'\b0x[0-9a-fA-F]{8,}\b', '\x1b\\[']))
 

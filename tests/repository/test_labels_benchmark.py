@@ -59,7 +59,7 @@ def test_best_threshold():
     assert (mended - x).abs().mean() < .15
 
 def test_script_runs(monkeypatch, capsys):
-    "With few canvases and methods; it writes nothing"
+    "With few images and methods; it writes nothing"
     monkeypatch.setitem(labels.SIZES, 'pairs', (200, 50, 300))
     monkeypatch.setattr(labels, 'METHODS', {k: labels.METHODS[k] for k in ('hard', 'prior .1', '(.1, 0)', 'online .25')})
     monkeypatch.setattr(sys, 'argv', ['labels.py', '--yeast', 'none', '--quick'])

@@ -91,6 +91,11 @@ def test_readme_has_two_setup_commands_that_ci_runs():
     assert "grep '^python3 -m venv ' README.md" in read('.ci/run')
 
 @needs_checkout
+def test_readme_is_read_in_two_minutes():
+    text = re.sub(r'<!--.*?-->', '', read('README.md'))
+    assert len(text.split()) <= 1000 and re.findall(r'!\[[^\]]+\]\((.*?)\)', text) == ['nbs/images/readme-1.png']
+
+@needs_checkout
 def test_readme_links_lead_somewhere():
     local = [l.split('#')[0] for l in re.findall(r'\]\(([^)]+)\)', read('README.md')) if '://' not in l]
     assert local and not [l for l in local if not (root/l).exists()]

@@ -1,5 +1,5 @@
 """The tools in .ci/: what they find stale or broken, and what they make of links, examples, formulas and README's cells."""
-import importlib, json, sys
+import importlib, json, shutil, sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,23 @@ def test_formulas_become_mathml(tool):
     assert '<mo>&lt;</mo>' in made and made.endswith('</math>),</span> so') and 'c.net' not in made
     with pytest.raises(Exception, match='nosuch'): docs.offline_maths('<span class="math inline">\\(\\nosuch\\)</span>')
 
+def elements(page, xpath): return importlib.import_module('lxml.html').document_fromstring(page).xpath(xpath)
+
+@pytest.mark.parametrize('printed, is_table', [('a    b\n1    2\n3    4', True), ('a long sentence, which wraps\nand  another', False)])
+def test_printed_columns_do_not_wrap(tool, printed, is_table):
+    made = tool('docs').columns(f'<pre><code>{printed}</code></pre>')
+    assert ('class="columns"' in made) == is_table and elements(made, 'string()') == printed
+
+def test_a_page_has_an_icon_and_its_contents_twice(tool, tmp_path):
+    docs, site = tool('docs'), tmp_path/'_docs'
+    for name in '_quarto.yml', 'nbdev.yml', 'styles.css', 'favicon.svg': shutil.copy(ci.parent/'nbs'/name, tmp_path)
+    (tmp_path/'index.md').write_text('# T\n\n## A\n\n### B.c\n')
+    docs.for_smalldocs(tmp_path)
+    docs.smalldocs(['render', str(tmp_path)])
+    page = docs.contents((site/'index.html').read_text())
+    assert [(site/o).is_file() for o in elements(page, '//link[@rel="icon"]/@href')] == [True]
+    for place in '//*[@id="TOC"]', '//*[@id="TOC-body"]/details': assert [o.text_content() for o in elements(page, place + '//li/a')] == ['A', 'B.c']
+
 def notebook(path, *cells):
     "Saves (source, outputs) of code cells, and of Markdown cells the source"
     made = [dict(cell_type='markdown', source=o) if isinstance(o, str) else dict(cell_type='code', source=o[0], outputs=o[1]) for o in cells]
@@ -59,11 +76,11 @@ def shown(**data): return dict(output_type='display_data', metadata={}, data={k.
 
 def test_readme_is_made_of_cells(tool, tmp_path):
     noise, plain = dict(output_type='stream', name='stderr', text='noise'), shown(text_plain='1\n2')
-    path = notebook(tmp_path/'i.ipynb', '# T\n> sub', '[l](01_losses.ipynb#x)', ('#| hide\nsecret()', []), ('#| echo: false\nm()', [shown(text_markdown='*m*', text_plain='M')]),
+    path = notebook(tmp_path/'i.ipynb', '# T\n> sub', '[l](01_losses.ipynb#x)', ('#| hide\nsecret()', []), ('#| echo: false\nm()', [shown(text_markdown='*m* [l](01_losses.ipynb)', text_plain='M')]),
                     ('#| echo: false\n#| fig-alt: A dot\nd()', [shown(image_png='ZG90\n')]), ('a', [plain, noise]))
     made = tool('readme').readme(path)
     assert made.pop('nbs/images/readme-1.png') == b'dot' and made == {'README.md': f'''# T\n\n\n{tool('readme').WARNING}\n
-> sub\n\n[l](nbs/01_losses.ipynb#x)\n\n*m*\n\n![A dot](nbs/images/readme-1.png)\n\n``` python\na\n```\n\n    1\n    2\n'''.encode()}
+> sub\n\n[l](nbs/01_losses.ipynb#x)\n\n*m* [l](nbs/01_losses.ipynb)\n\n![A dot](nbs/images/readme-1.png)\n\n``` python\na\n```\n\n    1\n    2\n'''.encode()}
 
 def test_readme_is_up_to_date(tool):
     for path, content in tool('readme').readme().items(): assert (ci.parent/path).read_bytes() == content, f'{path}: run `python .ci/readme.py`'
@@ -77,16 +94,45 @@ def test_numbers_agree_within_a_tolerance(tool, tmp_path, saved, now, is_same):
     a, b = (tool('fastcore.nbio').read_nb(notebook(tmp_path/'a.ipynb', '# T', ('run()', [shown(text_plain='x\n' + o)]))) for o in (saved, now))
     assert bool([*tool('notebooks').stale(a, b)]) != is_same
 
+def copy_settings(path):
+    "pyproject.toml, without the import of fastai that nbdev begins with"
+    (path/'pyproject.toml').write_text(''.join(o for o in (ci.parent/'pyproject.toml').read_text().splitlines(True) if not o.startswith('test_setup')))
+
+def test_a_page_is_run_as_it_is_pasted(tool, tmp_path):
+    "without what is hidden or exported; then what shows no code"
+    sources = '#| hide\nn = 1', '#| export\ndef f(): pass', '#| echo: false\ntable(n)', 'import m', 'show_doc(f)', 'f()'
+    nb = tool('fastcore.nbio').read_nb(notebook(tmp_path/'a.ipynb', '# T', *((o, []) for o in sources)))
+    assert [o.source for o in tool('notebooks').page(nb).cells] == ['import m', 'f()', 'from nbdev.showdoc import show_doc', '#| echo: false\ntable(n)', 'show_doc(f)']
+
+@pytest.mark.parametrize('printed, kept', [
+    ('a\n', 'a\n'), ('█ |--| 0%\r █ |██| 100%\r     \rT=0.7\n', 'T=0.7\n'), ('█epoch  train_loss  time\n█Epoch 1/2\r0  2.1  00:05\n', ''), (' 0%\r  \r', '')])
+def test_progress_bars_are_not_saved(tool, printed, kept):
+    out = tool('fastcore.nbio').AttrDict(name='stdout', text=printed)
+    assert tool('notebooks').without_bars(out).text == kept
+
+@pytest.mark.slow
+def test_a_page_that_needs_a_hidden_cell_fails(tool, tmp_path, monkeypatch, capsys):
+    notebooks = tool('notebooks')
+    (tmp_path/'nbs').mkdir()
+    copy_settings(tmp_path)
+    path = notebook(tmp_path/'nbs/00_a.ipynb', '# T', ('#| hide\nn = 1', []), ('print(n)', [dict(output_type='stream', name='stdout', text='1\n')]))
+    monkeypatch.setattr(notebooks, 'root', tmp_path)
+    assert notebooks.main([]) == 1
+    path.write_text(path.read_text().replace('#| hide', '#| eval: true'))
+    assert notebooks.main([]) == 0
+    path.write_text(path.read_text().replace('print(n)', "import sys; print('█ 50%', end=chr(13)); print(n, file=sys.stderr)"))
+    assert notebooks.main(['--save']) == 0 and not tool('fastcore.nbio').read_nb(path).cells[-1].outputs
+
 @pytest.mark.slow
 def test_a_stale_number_fails_and_is_saved_anew(tool, tmp_path, monkeypatch, capsys):
     notebooks, out = tool('notebooks'), dict(output_type='stream', name='stdout', text='accuracy 0.25\n')
     (tmp_path/'nbs').mkdir()
-    (tmp_path/'pyproject.toml').write_text(''.join(o for o in (ci.parent/'pyproject.toml').read_text().splitlines(True) if not o.startswith('test_setup')))
-    path = notebook(tmp_path/'nbs/00_compare.ipynb', '# T', ('print(f"accuracy {1/8}")', [out]))
+    copy_settings(tmp_path)
+    path = notebook(tmp_path/'nbs/00_compare.ipynb', '# T', ('print(f"accuracy {1/8}") # after learn.fit(1)', [out]))
     monkeypatch.setattr(notebooks, 'root', tmp_path)
-    monkeypatch.setattr(notebooks, 'PROCESSOR', notebooks.SAVED_ON)
+    monkeypatch.setattr(notebooks, 'HERE', notebooks.SAVED_ON)
     assert notebooks.main([]) and 'nbs/00_compare.ipynb, cell 1 (c1):\n  saved: accuracy 0.25\n  now:   accuracy 0.125' in capsys.readouterr().out
-    monkeypatch.setattr(notebooks, 'PROCESSOR', 'another')
+    monkeypatch.setattr(notebooks, 'HERE', 'another')
     assert not notebooks.main([]) and not notebooks.main(['--save']) and 'accuracy 0.125' in path.read_text()
     path.write_text(path.read_text().replace('1/8', '1/0'))
     assert notebooks.main([])   # one that fails

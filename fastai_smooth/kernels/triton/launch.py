@@ -1,4 +1,4 @@
-"""What the kernels of both heads share: indexing tensors of any strides, summing over all programs, and when the gradient is made.
+"""What the kernels of both losses share: indexing tensors of any strides, summing over all programs, and when the gradient is made.
 
 No launch waits for the GPU, looks at a value, or is compiled again for another batch size, eps or ignore_index. (With axis=0 the batch size
 is a stride, and is compiled in.)"""
@@ -156,8 +156,8 @@ def run(kernel, programs: int, args: dict, **options):
 
 def runs_on(x: Tensor) -> bool: return x.is_cuda or INTERPRETED and x.is_cpu
 
-class Head(NamedTuple):
-    "A loss by kernels."
+class Kernels(NamedTuple):
+    "Those of a loss, and what they leave to torch."
     forward: Callable     # (x, target, reduction, grad) -> the loss, *kept for the backward; and into `grad` the gradient
     backward: Callable    # (grad_output, x, target, reduction, *kept, grad, out) -> the gradient; `grad` is that for a factor of 1, or None
     plain_loss: Callable  # (x, target, reduction) -> the loss in ops that torch can differentiate
@@ -172,28 +172,28 @@ class Head(NamedTuple):
         return loss * scale
 
 class FusedLoss(torch.autograd.Function):
-    "The loss of a `Head` with its gradient: made in the forward or in the backward."
+    "The loss of `Kernels` with its gradient: made in the forward or in the backward."
 
     @staticmethod
-    def forward(ctx, x, target, reduction, head):
-        ctx.grad = grad = torch.empty_like(x) if head.grad_early and reduction != 'none' else None
-        loss, *ctx.kept = head.forward(x, target, reduction, grad)
+    def forward(ctx, x, target, reduction, kernels):
+        ctx.grad = grad = torch.empty_like(x) if kernels.grad_early and reduction != 'none' else None
+        loss, *ctx.kept = kernels.forward(x, target, reduction, grad)
         ctx.save_for_backward(x, *target.tensors())
-        ctx.args, ctx.strides = (target, reduction, head), x.stride()
+        ctx.args, ctx.strides = (target, reduction, kernels), x.stride()
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         x, *_ = ctx.saved_tensors
-        (target, reduction, head), kept = ctx.args, ctx.kept
+        (target, reduction, kernels), kept = ctx.args, ctx.kept
         grad, ctx.grad = ctx.grad, None
         if x.stride() != ctx.strides: grad, kept = None, kept[:1]  # a hook of saved tensors has changed the layout: rows have another order
-        plain = plain_grads([x], grad_output, head.plain_loss, target, reduction)
+        plain = plain_grads([x], grad_output, kernels.plain_loss, target, reduction)
         if plain is not None: return *plain, None, None, None
-        return head.backward(grad_output, x, target, reduction, *kept, grad=grad), None, None, None
+        return kernels.backward(grad_output, x, target, reduction, *kept, grad=grad), None, None, None
 
-def fused_loss(x: Tensor, target, reduction: str, head: Head) -> Tensor:
+def fused_loss(x: Tensor, target, reduction: str, kernels: Kernels) -> Tensor:
     "The loss of logits `x`; of none by plain ops, since there is nothing to launch."
-    if not x.numel(): return head.plain_loss(x, target, reduction)
-    if x.requires_grad and torch.is_grad_enabled(): return FusedLoss.apply(x, target, reduction, head)
-    return head.forward(x, target, reduction)[0]
+    if not x.numel(): return kernels.plain_loss(x, target, reduction)
+    if x.requires_grad and torch.is_grad_enabled(): return FusedLoss.apply(x, target, reduction, kernels)
+    return kernels.forward(x, target, reduction)[0]

@@ -1,4 +1,4 @@
-"""The sigmoid head as one Triton kernel, which reads each logit and its label as they are, and writes loss and gradient.
+"""The sigmoid loss as one Triton kernel, which reads each logit and its label as they are, and writes loss and gradient.
 
 The formula is that of `kernels/sigmoid.py`. For each logit x, with q = e0 + (1 - e0 - e1) * y and l = 1 + (pos_weight - 1) * q:
 
@@ -167,7 +167,7 @@ def backward(grad_output: Tensor, x: Tensor, target: SigmoidTarget, reduction: s
     run(tensors_for(x, target, grad=out, grad_output=grad_output.resolve_neg()), target, reduction, grad_ready=grad is not None)
     return out
 
-GRAD_LATE = launch.Head(forward, backward, plain_loss, grad_early=False)
+GRAD_LATE = launch.Kernels(forward, backward, plain_loss, grad_early=False)
 
 def sigmoid_loss(x: Tensor, target: SigmoidTarget, reduction: str) -> Tensor:
     """The loss of logits `x`, for a target that the kernel supports.

@@ -1,4 +1,4 @@
-"The softmax head on Triton: which kernels are launched, for which tiles; and the loss as an autograd Function and as custom ops."
+"The softmax loss on Triton: which kernels are launched, for which tiles; and the loss as an autograd Function and as custom ops."
 from __future__ import annotations
 import math
 from functools import lru_cache
@@ -143,7 +143,7 @@ def plain_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     "The loss in ops that torch can differentiate."
     return on_torch.plain_loss(x, resolve_indices(target, x, transforming()), reduction)
 
-GRAD_LATE = launch.Head(forward, backward, plain_loss, grad_early=False)
+GRAD_LATE = launch.Kernels(forward, backward, plain_loss, grad_early=False)
 
 def softmax_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     """The loss of logits `x`, for a target that the kernels support.

@@ -1,4 +1,4 @@
-"The softmax head's kernels, which `softmax.py` launches. What they do with a few rows is in `rows.py`."
+"The softmax loss's kernels, which `softmax.py` launches. What they do with a few rows is in `rows.py`."
 from __future__ import annotations
 import triton
 import triton.language as tl

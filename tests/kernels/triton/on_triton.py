@@ -80,7 +80,7 @@ counted(functional.softmax, 'softmax_loss', 'torch')
 counted(functional.sigmoid, 'sigmoid_loss', 'torch')
 counted(softmax, 'softmax_loss', 'triton')
 counted(sigmoid, 'sigmoid_loss', 'triton')
-counted(launch.Head, 'loss_and_grad', 'triton')
+counted(launch.Kernels, 'loss_and_grad', 'triton')
 if CUDA:
     for name in ('smooth_cross_entropy', 'smooth_binary_cross_entropy_with_logits'):
         for name in (name, name.replace('smooth_', 'smooth_linear_')): setattr(kernels, name, on_gpu(getattr(kernels, name)))

@@ -16,7 +16,7 @@ RUNS = [({}, 'index'), (dict(weight=True), 'index'), (dict(prior=True), 'index')
 every_run = pytest.mark.parametrize('options,target', RUNS)
 
 @pytest.fixture(autouse=True)
-def room():
+def free_memory():
     yield
     torch.cuda.empty_cache()
 

@@ -5,7 +5,8 @@ import pytest, torch
 
 from .device import DEVICE, ON_TRITON, cut, inputs, off
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
-from fastai_smooth.kernels.triton import launch, sigmoid, softmax
+from fastai_smooth.kernels.targets import coefficients
+from fastai_smooth.kernels.triton import launch, rows, sigmoid, softmax
 from fastai_smooth.kernels.triton.softmax import Tile
 from reference import REDUCTIONS, distance, loss_and_grad, rounded_once
 
@@ -58,6 +59,10 @@ def test_negated_views():
     x, y = torch.randn(6, 4, dtype=torch.complex64, device=DEVICE).conj().imag, torch.randint(4, (6,), device=DEVICE)
     for f, target in ((smooth_cross_entropy, y), (smooth_cross_entropy, torch._neg_view(-x.softmax(1))), (smooth_bce, x > 0), (smooth_bce, x)):
         assert distance(f(x, target, backend='triton'), f(x.resolve_neg(), target.resolve_neg(), backend='torch')) < 1e-6
+
+def test_own_and_each_are_computed_as_on_a_cpu():
+    "By the very same function, which the interpreter calls as it is."
+    assert getattr(rows.coefficients, 'fn', rows.coefficients) is coefficients
 
 @pytest.mark.skipif(not ON_TRITON or not launch.INTERPRETED, reason='of the interpreter')
 def test_out_of_bounds_is_noticed():
