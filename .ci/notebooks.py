@@ -9,8 +9,8 @@ Text between numbers must be the same, but for spaces; numbers to 5%, or two uni
 no tolerance). In a cell with the line `# timings: differ from run to run` the text alone counts, of a figure its size. Warnings and line
 numbers in links to the source do not. Rounding moves no number that far, but a training carries it on: a resnet18 on digits comes to an
 accuracy of .938 with AVX-512 and of .875 with AVX2. So the notebooks run with one thread, and with instructions that all x86 processors of
-today have. Still, two vendors' train differently, and a page trains on Python's own help: elsewhere than `SAVED_ON` a page is compared up to
-its first training."""
+today have. Still, two vendors' train differently, and one page trains on the help texts of Python, which change with it: where these are not
+those of `SAVED_ON`, a page is compared up to its first training."""
 import argparse, base64, io, math, os, platform, re, shutil, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -21,9 +21,9 @@ from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 from PIL import Image
 
 root, bin = Path(__file__).resolve().parent.parent, Path(sys.executable).parent
-SAVED_ON = 'AuthenticAMD, Python 3.11.7'
+SAVED_ON = dict(vendor='AuthenticAMD', python='3.11.7')
 CPUINFO = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-HERE = f"{''.join(re.findall('vendor_id.*: (.*)', CPUINFO)[:1])}, Python {platform.python_version()}"
+HERE = dict(vendor=''.join(re.findall('vendor_id.*: (.*)', CPUINFO)[:1]), python=platform.python_version())
 TRAINS = re.compile(r'\.(fit|fine_tune|eps_find|step)\w*\(|\b(trained|compare|one_run)\(')
 REPRODUCIBLE = dict(MATPLOTLIBRC=str(root/'.ci/matplotlibrc'), OMP_NUM_THREADS='1', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE')
 NUMBER = re.compile(r'(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?', re.I)
@@ -65,9 +65,11 @@ def page(nb):
 
 def without_bars(out):
     "What is left of it in a terminal when its progress bars are gone; of a training, whose table has times, nothing"
-    if '\r' in out.get('text', ''):
-        lines = [o for line in out.text.split('\n') if (o := line.split('\r')[-1].strip())]
-        out.text = ''.join(f'{o}\n' for o in lines) if not re.search('epoch +train_loss', out.text) else ''
+    text = out.get('text', '')
+    if '\r' not in text: return out
+    # a bar goes back to the start of its line for each step, and in the end to clear the line
+    left = [] if re.search('epoch +train_loss', text) else [line.split('\r')[-1].strip() for line in text.split('\n')]
+    out.text = ''.join(f'{line}\n' for line in left if line)
     return out
 
 def rerun(saved):
@@ -81,12 +83,18 @@ def rerun(saved):
         run = subprocess.run([bin/'nbdev-test', '--save', '--timing', '--n-workers', '0', path], cwd=path.parent, env=os.environ | REPRODUCIBLE)
         if run.returncode: return
         outputs = {o.id: o.outputs for o in read_nb(path).cells}
-        for cell in filter(is_code, nb.cells): cell.outputs = [o for o in map(without_bars, outputs[cell.id]) if o.get('name') != 'stderr' and o.get('text', True)]
+        for cell in filter(is_code, nb.cells):
+            shorter = [without_bars(o) for o in outputs[cell.id] if o.get('name') != 'stderr']
+            cell.outputs = [o for o in shorter if o.get('text') != '']
         write_nb(nb, path)
         subprocess.run([bin/'nbdev-clean', '--fname', path], cwd=copy, check=True)
         return read_nb(path)
 
-def first_training(nb): return next((i for i, o in enumerate(nb.cells) if is_code(o) and TRAINS.search(o.source)), None)
+def first_foreign(nb):
+    "The number of the first cell that trains, where what it trains on or with is not as when it was saved; None if all is"
+    of_python = any('pydoc_data' in o.source for o in nb.cells if is_code(o))
+    if all(HERE[o] == SAVED_ON[o] for o in (['vendor', 'python'] if of_python else ['vendor'])): return
+    return next((i for i, o in enumerate(nb.cells) if is_code(o) and TRAINS.search(o.source)), None)
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,7 +107,7 @@ def main(argv=None):
     for path, fresh in pages.items():
         if not fresh: continue
         saved = read_nb(path)
-        until = None if args.save or HERE == SAVED_ON else first_training(saved)
+        until = None if args.save else first_foreign(saved)
         different = [f'{path.relative_to(root)}, {o}' for o in stale(saved, fresh, until)]
         print(*different, sep='\n', end='\n' if different else '')
         if different and args.save: write_nb(fresh, path)

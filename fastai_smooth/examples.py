@@ -9,6 +9,7 @@ __all__ = ['digits_folder', 'digit_attributes', 'digits_dls', 'digits_learner', 
 import random
 from fastai.vision.all import *
 from sklearn.datasets import load_digits
+from .kernels.checks import check_number, check_whole
 from .learner import *
 
 # %% ../nbs/26_examples.ipynb #exm00005
@@ -43,15 +44,21 @@ def digits_dls(
 ) -> DataLoaders: # Of (64,) pixels in [0,1], and the class or (3,) labels
     "scikit-learn's digits as a table of pixels."
     x,y = (tensor(o) for o in load_digits(return_X_y=True))
+    n = len(y)
+    check_whole('n_train', n_train, 1, n-1), check_number('noise', noise, 0, 1)
+    n_valid = ifnone(n_valid, n-n_train)
+    check_whole('n_valid', n_valid, 1, n-n_train)
     g = torch.Generator().manual_seed(seed)
-    sizes = [n_train, len(y)-n_train] if n_valid is None else [n_train, n_valid, len(y)-n_train-n_valid]
-    parts = torch.randperm(len(y), generator=g).split(sizes)
-    wrong = torch.rand(len(y), generator=g) < noise
-    if n_valid is not None: wrong[parts[2]] = False
-    y = torch.where(wrong, torch.randint(10, (len(y),), generator=g), y)
-    names = [[n for n,o in zip(_ATTRIBUTES, row) if o] for row in digit_attributes(y)] if attributes else map(str, y.tolist())
-    target = [MultiCategorize([*_ATTRIBUTES]), OneHotEncode()] if attributes else [Categorize()]
-    dsets = Datasets(list(zip(x.float()/16, names)), [[ItemGetter(0)], [ItemGetter(1), *target]], splits=[o.tolist() for o in parts])
+    train,valid,test = torch.randperm(n, generator=g).split([n_train, n_valid, n-n_train-n_valid])
+    wrong = torch.rand(n, generator=g) < noise
+    wrong[test] = False
+    y = torch.where(wrong, torch.randint(10, (n,), generator=g), y)
+    if attributes:
+        labels = [[name for name,there in zip(_ATTRIBUTES, row) if there] for row in digit_attributes(y)]
+        to_target = [MultiCategorize([*_ATTRIBUTES]), OneHotEncode()]
+    else: labels,to_target = [str(o) for o in y.tolist()],[Categorize()]
+    splits = [o.tolist() for o in (train,valid,test) if len(o)]
+    dsets = Datasets(list(zip(x.float()/16, labels)), [[ItemGetter(0)], [ItemGetter(1), *to_target]], splits=splits)
     return dsets.dataloaders(bs=bs, val_bs=512, num_workers=0, drop_last=False, device='cpu')
 
 # %% ../nbs/26_examples.ipynb #exm00012

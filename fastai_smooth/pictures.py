@@ -35,8 +35,7 @@ def method_styles(
     names:list, # Such as 'none', 'uniform 0.1' or 'online 0.5', of one kind in the order of eps; other names get styles of their own
 ) -> dict: # By name, the arguments of `plot`: color, ls and marker
     "How to draw some curves: each kind of smoothing in all pictures alike, a larger eps lighter than a smaller one beside it."
-    kinds,res = [str(o).split()[0] for o in names],{}
-    others = cycle(_OTHERS)
+    kinds,res,others = [str(o).partition(' ')[0] for o in names],{},cycle(_OTHERS)
     for i,(name,kind) in enumerate(zip(names, kinds)):
         color,ls,marker = _KINDS[kind] if kind in _KINDS else next(others)
         lighter = .6*kinds[:i].count(kind)/kinds.count(kind) # how much white is mixed in

@@ -34,6 +34,13 @@ def test_noise_replaces_labels_but_those_of_tests():
     changed = [(rows(a)[1] != rows(b)[1]).float().mean().item() for a, b in zip(clean.loaders, noisy.loaders)]
     assert changed[:2] == pytest.approx([.27, .27], abs=.06) and changed[2] == 0
 
+@pytest.mark.parametrize('args, named', [((0,), 'n_train'), ((1797,), 'n_train'), ((1000, 798), 'n_valid'), ((1000, 0), 'n_valid'), ((9.5,), 'n_train')])
+def test_sizes_that_do_not_fit_are_named(args, named):
+    with pytest.raises((TypeError, ValueError), match=f'{named}.*{args[-1]}'): digits_dls(*args)
+
+def test_noise_is_a_share():
+    with pytest.raises(ValueError, match='noise.*1.5'): digits_dls(noise=1.5)
+
 def test_attributes():
     assert digit_attributes(torch.arange(10)).T.tolist() == [[1, 0, 1, 0, 1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1, 0, 1, 1]]
     assert torch.equal(rows(digits_dls(attributes=True)[1])[1], digit_attributes(rows(digits_dls()[1])[1]))

@@ -29,7 +29,7 @@ def test_a_larger_eps_is_lighter():
     greys = [grey(o['color']) for o in method_styles([f'uniform {o}' for o in (.1, .2, .3, .4)]).values()]
     assert greys == sorted(set(greys)) and greys[-1] < .8
 
-@pytest.mark.parametrize('names', [['A', 'B', 'C', 'D', 'E', 'F', 'none', 'uniform 0.1', 'uniform 0.4'], ['none', 'uniform 0.1', 'normalised'], ['uniform 0.1', 'raw'], ['my model', 'none'], ['online 0.5', 'mine', 'yours']])
+@pytest.mark.parametrize('names', [['A', 'B', 'C', 'D', 'E', 'F', 'none', 'uniform 0.1', 'uniform 0.4'], ['none', 'uniform 0.1', 'normalised'], ['uniform 0.1', 'raw'], ['my model', 'none'], ['', ' '], ['online 0.5', 'mine', 'yours']])
 def test_no_two_curves_look_alike(names): assert len({(o['color'], o['ls'], o['marker']) for o in method_styles(names).values()}) == len(names)
 
 def test_style_ends():

@@ -7,7 +7,7 @@ PATH = Path(__file__).resolve().parents[2]/'benchmarks/calibration.py'
 if not PATH.exists(): pytest.skip('needs the checkout', allow_module_level=True)
 sys.path.append(str(PATH.parent)) # it imports others that lie beside it
 import calibration
-from calibration_table import cases, choice_regret, chosen, epoch_regret, judged, mean_error, short
+from calibration_table import cases, choice_regret, chosen, epoch_regret, group_differences, judged, mean_error, short
 
 def row(method, seed, accuracy, valid, noise=0.):
     return dict(data='digits', noise=noise, model='MLP', method=method, seed=seed, long=False, accuracy=accuracy, valid_t_nll=valid)
@@ -29,6 +29,12 @@ def test_which_method_is_better():
     assert list(better) == [case] and not worse and not unclear and better[case][0] == pytest.approx(3.1)
     assert list(judged(by, 'hard', 'online .5', 'accuracy')[1]) == [case]
     assert list(judged(by, 'hard', 'hard', 'accuracy')[2]) == [case]
+
+def test_differences_of_groups():
+    "Of each seed the mean over the cases of a group, then the mean and error over seeds"
+    noisy = [row('hard', s, 80., .3, noise) for noise in (.2, .4) for s in range(3)] + [row('online .5', s, 80. + 10*noise + s, .4, noise) for noise in (.2, .4) for s in range(3)]
+    found = group_differences(cases(ROWS + noisy), 'accuracy', 'online .5', 'hard')
+    assert found == {'digits, clean': pytest.approx((3.1, 1.96*.1/3**.5)), 'digits, wrong labels': pytest.approx((4., 1.96/3**.5))}
 
 def test_choice_by_validation():
     by = cases(ROWS)

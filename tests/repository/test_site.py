@@ -123,6 +123,15 @@ def test_a_page_that_needs_a_hidden_cell_fails(tool, tmp_path, monkeypatch, caps
     path.write_text(path.read_text().replace('print(n)', "import sys; print('█ 50%', end=chr(13)); print(n, file=sys.stderr)"))
     assert notebooks.main(['--save']) == 0 and not tool('fastcore.nbio').read_nb(path).cells[-1].outputs
 
+@pytest.mark.parametrize('vendor, python, source, cell', [
+    ('AuthenticAMD', '3.11.7', 'from pydoc_data.topics import topics', None), ('AuthenticAMD', '3.12.1', 'from pydoc_data.topics import topics', 3),
+    ('AuthenticAMD', '3.12.1', 'x = 1', None), ('GenuineIntel', '3.11.7', 'x = 1', 3)])
+def test_which_cells_are_compared(tool, tmp_path, monkeypatch, vendor, python, source, cell):
+    notebooks = tool('notebooks')
+    monkeypatch.setattr(notebooks, 'HERE', dict(vendor=vendor, python=python))
+    nb = notebook(tmp_path/'a.ipynb', '# T', ('#| export\ndef g(learn): learn.fit(1)', []), (source, []), ('learn.fit(1)', []), ('2', []))
+    assert notebooks.first_foreign(notebooks.read_nb(nb)) == cell
+
 @pytest.mark.slow
 def test_a_stale_number_fails_and_is_saved_anew(tool, tmp_path, monkeypatch, capsys):
     notebooks, out = tool('notebooks'), dict(output_type='stream', name='stdout', text='accuracy 0.25\n')
@@ -132,7 +141,9 @@ def test_a_stale_number_fails_and_is_saved_anew(tool, tmp_path, monkeypatch, cap
     monkeypatch.setattr(notebooks, 'root', tmp_path)
     monkeypatch.setattr(notebooks, 'HERE', notebooks.SAVED_ON)
     assert notebooks.main([]) and 'nbs/00_compare.ipynb, cell 1 (c1):\n  saved: accuracy 0.25\n  now:   accuracy 0.125' in capsys.readouterr().out
-    monkeypatch.setattr(notebooks, 'HERE', 'another')
+    monkeypatch.setattr(notebooks, 'HERE', notebooks.SAVED_ON | dict(python='3.9.0'))
+    assert notebooks.main([])   # no help texts in it
+    monkeypatch.setattr(notebooks, 'HERE', notebooks.SAVED_ON | dict(vendor='another'))
     assert not notebooks.main([]) and not notebooks.main(['--save']) and 'accuracy 0.125' in path.read_text()
     path.write_text(path.read_text().replace('1/8', '1/0'))
     assert notebooks.main([])   # one that fails
