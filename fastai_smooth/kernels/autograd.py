@@ -7,6 +7,10 @@ def accumulator(x: Tensor) -> torch.dtype:
     "The dtype that losses and gradients of logits `x` are computed in: float32, or float64 for float64."
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
+def on_cpu(x: Tensor) -> bool:
+    "Can values be read without waiting? On a GPU, each look would stall the training step."
+    return x.is_cpu
+
 def transforming() -> bool:
     "Is a torch.func transform (grad, vmap, ...), forward-mode AD or `make_fx` at work? Then only plain ops are understood."
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0: return True
@@ -20,7 +24,7 @@ def eager_on_cpu(x, y) -> bool:
     """Are logits (contiguous, in float32 or float64) and targets plain tensors on the CPU, whose values can be read?
 
     Then PyTorch's own losses are as exact, and their gradient lies in memory as the logits do. It is asked in every call."""
-    return (type(x) is Tensor and type(y) is Tensor and x.is_cpu and x.dtype == accumulator(x) and not (x.is_nested or y.is_nested)
+    return (type(x) is Tensor and type(y) is Tensor and on_cpu(x) and x.dtype == accumulator(x) and not (x.is_nested or y.is_nested)
             and x.is_contiguous() and y.layout is torch.strided and not torch.compiler.is_compiling() and not transforming())
 
 def has_no_storage(*tensors) -> bool:
@@ -46,8 +50,8 @@ def empty_grad(x: Tensor):
 
     Half precision is rounded once, after that: on a GPU, where launches cost more than memory, it is kept in float32 till then; on a CPU
     float16 waits for the backward, since it is multiplied by a loss scale, and bfloat16 is made anew where it is not multiplied by 1."""
-    if x.dtype == accumulator(x) or x.is_cpu and x.dtype == torch.bfloat16: return torch.empty_like(x)
-    return None if x.is_cpu else torch.empty_like(x, dtype=accumulator(x))
+    if x.dtype == accumulator(x) or on_cpu(x) and x.dtype == torch.bfloat16: return torch.empty_like(x)
+    return None if on_cpu(x) else torch.empty_like(x, dtype=accumulator(x))
 
 def scaled_grad(x: Tensor, grad: Tensor | None, grad_output: Tensor, make) -> Tensor:
     """`grad` times `grad_output`, in the dtype of `x`; where there is no `grad`, `make(factor, out)` writes the gradient times a factor.
@@ -55,7 +59,7 @@ def scaled_grad(x: Tensor, grad: Tensor | None, grad_output: Tensor, make) -> Te
     `grad_output` is a scalar, or has the shape of `x` but for axes of size 1."""
     whole = x.dtype == accumulator(x)
     if grad is not None and grad.dtype != x.dtype: return torch.mul(grad, grad_output, out=torch.empty_like(x))
-    if grad_output.is_cpu and grad_output.numel() and not any(grad_output.stride()):  # one number for all, as of loss.mean()
+    if on_cpu(grad_output) and grad_output.numel() and not any(grad_output.stride()):  # one number for all, as of loss.mean()
         grad_output = grad_output.flatten()[0].item()
     is_one = isinstance(grad_output, float) and grad_output == 1
     if grad is None or not (whole or is_one):

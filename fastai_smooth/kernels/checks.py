@@ -5,6 +5,7 @@ from numbers import Real
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from .autograd import on_cpu
 from .targets import Smoothing, SoftmaxTarget, along, coefficients, label_axis
 
 SPREADS = 'all', 'others'
@@ -216,12 +217,11 @@ def resolve_indices(target: SoftmaxTarget, x: Tensor, traced: bool = False) -> S
     "The target with class indices that are safe to gather with, and where they are ignored and where invalid (None: nowhere)."
     if not target.is_index: return target
     labels, k, ignore = target.target.long(), x.shape[target.axis], target.ignore_index  # as int64: -100 of uint8 would be 156
+    if torch.compiler.is_compiling(): labels = checked_indices(labels, k, ignore)
     index = labels
-    if torch.compiler.is_compiling(): index = checked_indices(index, k, ignore)
-    if traced or not index.is_cpu:
-        ignored = index == ignore
-        invalid = ((index < 0) | (index >= k)) & ~ignored
-        return target._replace(target=index.masked_fill(ignored | invalid, 0), ignored=ignored, invalid=invalid)
+    if traced or not on_cpu(index):
+        ignored, index = labels == ignore, labels.clamp(0, k - 1)
+        return target._replace(target=index, ignored=ignored, invalid=(index != labels) & ~ignored)
     ignored = None
     if index.numel():
         low, high = index.aminmax()

@@ -1,6 +1,7 @@
 """Cutting a tensor into chunks that fit the cache, so that what is made of them costs neither memory nor bandwidth."""
 from __future__ import annotations
 from torch import Tensor
+from .autograd import on_cpu
 
 def chunks(x: Tensor, axis: int | None, megabytes: int):
     """Indices that cut `x` into chunks of at most so many MB in float32, leaving `axis` (the classes) whole; `...` for the whole of it.
@@ -8,7 +9,7 @@ def chunks(x: Tensor, axis: int | None, megabytes: int):
     The axes of the largest strides are cut first, so that a chunk lies together in memory. Where the classes of one row alone
     are more than that, a chunk is a row. On other devices than the CPU there is one chunk: launches cost more."""
     limit = megabytes << 18
-    if not x.is_cpu or x.numel() <= limit: return [...]
+    if not on_cpu(x) or x.numel() <= limit: return [...]
     order = sorted((d for d in range(x.dim()) if d != axis), key=lambda d: -x.stride(d))
     return list(_cut([slice(None)] * x.dim(), order, x.shape, x.numel(), limit))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from . import sigmoid, softmax
 from .arguments import broadcast, linear_logits, needs_grad, prepare, tensor_of, unwrapped, unwrapped_logits, unwrapped_options
-from .autograd import accumulator, has_no_storage, tracing
+from .autograd import accumulator, has_no_storage, on_cpu, tracing
 from .checks import (check_dense, check_device, check_indices, check_label_eps, check_labels, check_needs_no_index, check_prior,
                      check_reduction, check_smoothing, check_soft_rows, check_values, check_whole, is_index, is_sharded, label_prior,
                      resolve_indices)
@@ -212,7 +212,7 @@ def cross_entropy(input, target, smoothing, weight, ignore_index, reduction, axi
     if is_sharded(x): return sharded_cross_entropy(x, y, smoothing, weight, ignore_index, reduction, axis, checked)
     linear = type(x) is LinearLogits
     traced = tracing(x.parts[0] if linear else x, y)
-    target = prepare(x, y, smoothing, weight, ignore_index, axis, look=x.is_cpu and not traced, checked=checked)
+    target = prepare(x, y, smoothing, weight, ignore_index, axis, look=on_cpu(x) and not traced, checked=checked)
     others = needs_grad(y, weight, smoothing.prior, smoothing.eps)
     if linear:
         if target.axis != 1: raise ValueError(f"the logits of a linear layer have their classes along axis 1, got axis={axis}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, amp
-from .autograd import accumulator, plain_grads
+from .autograd import accumulator, on_cpu, plain_grads
 from .chunks import part
 
 class LinearLogits(Tensor):
@@ -21,7 +21,7 @@ class LinearLogits(Tensor):
         with torch.no_grad(): like = F.linear(input[:0], weight[:1], bias if bias is None else bias[:1])  # checks, and heeds autocast
         self = like.new_empty(()).expand(len(input), len(weight)).as_subclass(cls)
         # 16 MB in float32; but so many rows that a product takes longer than to read weight, and to read and write its gradient
-        self.chunk_rows = chunk_rows or max(256 if input.is_cpu else 1024, (16 << 18) // max(1, len(weight)))
+        self.chunk_rows = chunk_rows or max(256 if on_cpu(input) else 1024, (16 << 18) // max(1, len(weight)))
         self.parts = input, weight, bias
         return self.requires_grad_(any(v is not None and v.requires_grad for v in self.parts))
 
@@ -112,7 +112,7 @@ class LinearLoss(torch.autograd.Function):
         if factor.dim():   # one a loss: reduction='none'
             if target.ignored is not None: factor = factor.masked_fill(target.ignored, 0)  # 0 times inf would be nan
             if factor.dim() == 1: factor = factor[:, None]
-        elif factor.is_cpu: factor = factor.item()
+        elif on_cpu(factor): factor = factor.item()
         if grads is None: _, grads = by_chunks(*parts, target, run, ctx.needs_input_grad[:3], factor)
         elif not (isinstance(factor, float) and factor == 1):
             for g in grads:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .autograd import accumulator, eager_on_cpu, empty_grad, plain_grads, scaled_grad
+from .autograd import accumulator, eager_on_cpu, empty_grad, on_cpu, plain_grads, scaled_grad
 from .checks import REDUCTIONS
 from .chunks import chunks, part
 from .targets import SigmoidTarget, smooth_labels
@@ -25,13 +25,16 @@ def smoothed_labels(target: SigmoidTarget, dtype: torch.dtype) -> Tensor:
     y = y.to(dtype) if y.is_floating_point() else y
     return torch.add(torch.scalar_tensor(e0, dtype=dtype, device=y.device), y, alpha=1 - (e0 + e1))
 
-def quick_losses(x: Tensor, q: Tensor, p: Tensor, target: SigmoidTarget):
-    """The losses of logits by p = sigmoid(x), where neither weights nor small losses ask for more: else None.
+def is_quick(x: Tensor, target: SigmoidTarget) -> bool:
+    "Is a pass over memory nothing beside a log1p, as on a CPU, and do neither weights nor small losses need one?"
+    e0, e1, w, c = target[1:]
+    return on_cpu(x) and w is None and c is None and not isinstance(e0, Tensor) and min(e0, e1) >= ENOUGH_SMOOTHING
+
+def quick_losses(x: Tensor, q: Tensor, p: Tensor) -> Tensor:
+    """The losses of logits by p = sigmoid(x).
 
     softplus(x) - q x is (x > 0) * x - log(max(p, 1 - p)) - q x. A p next to 1 has lost up to 6e-8, which is nothing beside the loss of a
     label that is smoothed."""
-    e0, e1, w, c = target[1:]
-    if w is not None or c is not None or isinstance(e0, Tensor) or min(e0, e1) < ENOUGH_SMOOTHING: return None
     larger = 1 - p
     torch.maximum(larger, p, out=larger).log_()
     return p.round().sub_(q).mul_(x).sub_(larger)
@@ -40,12 +43,12 @@ def chunk_losses(x: Tensor, target: SigmoidTarget, grad: Tensor | None, factor) 
     "The losses of logits. `grad`, if given, gets the gradient of their sum times `factor` (a number, or one a logit)."
     acc, w, c = accumulator(x), target.weight, target.pos_weight
     x, q = x.to(acc), smoothed_labels(target, acc)
-    p = torch.sigmoid(x, out=grad if grad is not None and grad.dtype == acc and grad.is_contiguous() else None)
-    l = None if c is None else torch.lerp(torch.ones((), dtype=acc, device=x.device), c, q)
-    losses = quick_losses(x, q, p, target)
-    if losses is None: losses = torch.binary_cross_entropy_with_logits(x, q, w, c, 0)
+    quick, out = is_quick(x, target), grad if grad is not None and grad.dtype == acc and grad.is_contiguous() else None
+    if quick or grad is not None: p = torch.sigmoid(x, out=out)
+    losses = quick_losses(x, q, p) if quick else torch.binary_cross_entropy_with_logits(x, q, w, c, 0)
     if grad is None: return losses
-    p = p.sub_(q) if l is None else p.mul_(l).addcmul_(c, q, value=-1)
+    if c is None: p.sub_(q)
+    else: p.mul_(torch.lerp(torch.ones((), dtype=acc, device=x.device), c, q)).addcmul_(c, q, value=-1)
     if w is not None: p.mul_(w)
     torch.mul(p, factor, out=grad)
     return losses

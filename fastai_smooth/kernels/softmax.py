@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .autograd import accumulator, eager_on_cpu, empty_grad, plain_grads, scaled_grad
+from .autograd import accumulator, eager_on_cpu, empty_grad, on_cpu, plain_grads, scaled_grad
 from .checks import REDUCTIONS, check_soft_rows
 from .chunks import chunks, part
-from .targets import Smoothing, SoftmaxTarget, along, coefficients
+from .targets import Smoothing, SoftmaxTarget, along, of_class
 
 CHUNK_MB = 4  # of logits: what is made of a chunk stays in the cache from one op to the next
 FEW = 2**18   # logits of class indices, up to which PyTorch's own loss takes less time than a loop and the Python around it
@@ -30,48 +30,41 @@ class Terms(NamedTuple):
     """t of rows: own * onehot(y) + each * u for class indices, each * u for other targets.
 
     Tensors have the axes of the logits, or broadcast to them."""
-    total: float | Tensor       # A = sum_k t_k
+    total: float | Tensor       # A = sum_k t_k, of the classes that are not masked
     own: float | Tensor | None
     each: float | Tensor
     u: float | Tensor           # With the class weights in it
+    lost: Tensor | None = None  # Rows whose own target is of a class that is masked
 
-def index_terms(target: SoftmaxTarget, like: Tensor) -> Terms:
-    "The terms of class indices where no class is masked. Nothing of the logits' size is made, but for a prior [K,K]."
-    axis, s, y, w, u = target.axis, target.smoothing, target.target.unsqueeze(target.axis), target.weight, target.smoothing.prior
-    eps, k = s.eps[y] if isinstance(s.eps, Tensor) else s.eps, like.shape[axis]
-    own, each, *_ = coefficients(eps, k, mass=None if u is None else 1, others=s.spread == 'others')
-    if w is not None: own, w = own * w[y], along(w, axis, like.dim())
-    if u is not None: u = along(u, axis, like.dim()) if u.dim() == 1 else prior_rows(u, target)
-    u = 1. if u is None and w is None else w if u is None else u if w is None else u * w
-    mass = u.sum(axis, keepdim=True) if isinstance(u, Tensor) else k
-    return Terms(own + each * mass, own, each, u)
+def index_terms(target: SoftmaxTarget, like: Tensor, keep: Tensor | None = None) -> Terms:
+    """The terms of class indices; `keep` is False where a class is masked (None: nowhere).
 
-def prior_rows(prior: Tensor, target: SoftmaxTarget) -> Tensor:
-    "The row of a prior [K,K] for each class index, along the axis of the classes."
-    rows = prior.index_select(0, target.target.flatten())
-    return rows.view(*target.target.shape, -1).movedim(-1, target.axis)
+    Where it is None, nothing of the logits' size is made, but for a prior [K,K]."""
+    axis, w = target.axis, target.weight
+    own, each, u, mass = target.smoothing.shares(like, axis, target.target, keep=keep)
+    if w is not None:
+        own, w = own * of_class(w, target.target).unsqueeze(axis), along(w, axis, like.dim())
+        u = w if u is None else u * w
+        mass = (u if keep is None else u * keep).sum(axis, keepdim=True)
+    if target.invalid is not None: own = torch.where(target.invalid.unsqueeze(axis), math.nan, own)
+    lost = None if keep is None else ~keep.gather(axis, target.target.unsqueeze(axis)) & (own > 0)  # not of nan
+    return Terms(own + each * mass, own, each, 1. if u is None else u, lost)
 
-def dense_terms(target: SoftmaxTarget, like: Tensor) -> Terms:
-    "The terms of labels shaped like the logits, where no class is masked."
-    t = target.dense(like)
-    return Terms(t.sum(target.axis, keepdim=True), None, 1., t)
+def dense_terms(target: SoftmaxTarget, like: Tensor, keep: Tensor | None = None) -> Terms:
+    "The terms of labels shaped like the logits."
+    t, axis = target.dense(like, keep), target.axis
+    lost = None if keep is None else (~keep & (t > 0)).any(axis, keepdim=True)
+    return Terms(t.sum(axis, keepdim=True), None, 1., t, lost)
 
-def masked_losses(z: Tensor, target: SoftmaxTarget, lse: float | Tensor = 0.):
-    """The losses of rows with any target, with a class axis of size 1; their terms; and where classes are masked.
-
-    `z` are log softmaxes; or logits, and `lse` is the log of the sum of their exponentials. Masked classes (-inf) get no smoothing and
-    count 0 * -inf = 0, unless the target itself wants them: then inf. They get no gradient."""
-    axis, masked = target.axis, z == -math.inf
-    t = target.dense(z, ~masked)
-    total, lost = t.sum(axis, keepdim=True), (masked & (t != 0)).any(axis, keepdim=True)
-    losses = total * lse - (t * z.masked_fill(masked, 0)).sum(axis, keepdim=True)
-    # inf is added, not filled in: the gradient of the other classes goes through the sum
-    return losses + torch.zeros_like(losses).masked_fill(lost, math.inf), Terms(total, None, 1., t), masked
+def terms_of(target: SoftmaxTarget, like: Tensor, keep: Tensor | None = None) -> Terms:
+    return (index_terms if target.is_index else dense_terms)(target, like, keep)
 
 def shared_sum(terms: Terms, x: Tensor, axis: int, scratch: Tensor | None = None) -> Tensor:
     "sum_k each * u_k x_k of each row; `scratch`, if given, is overwritten: new memory takes longer than the product."
     products = x if isinstance(terms.u, float) else torch.mul(x, terms.u, out=scratch)
-    return products.sum(axis, keepdim=True).mul_(terms.each)
+    shared, each = products.sum(axis, keepdim=True).mul_(terms.each), terms.each
+    # Hugging Face masks by the least number: the sum of these is -inf, and 0 times that is nan
+    return shared.masked_fill_(each == 0, 0) if isinstance(each, Tensor) else shared
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
@@ -112,20 +105,32 @@ def losses_of(log_p: Tensor, target: SoftmaxTarget, terms: Terms) -> Tensor:
     losses = -shared_sum(terms, log_p, target.axis)
     return losses if terms.own is None else losses.sub_(log_p.gather(target.axis, target.target.unsqueeze(target.axis)) * terms.own)
 
+def masked_losses(log_p: Tensor, target: SoftmaxTarget):
+    """The losses of rows, their terms, and which classes are masked, without a look at any value. It overwrites `log_p`.
+
+    Masked classes (-inf) get no smoothing and count 0 * -inf = 0, unless the target itself wants them: then the loss is inf. They get no
+    gradient. All of a row that is ignored is masked here: whatever is there."""
+    masked = log_p == -math.inf
+    if target.ignored is not None: masked |= target.ignored.unsqueeze(target.axis)
+    terms = terms_of(target, log_p, ~masked)
+    losses = losses_of(log_p.masked_fill_(masked, 0), target, terms)
+    return losses.masked_fill_(terms.lost, math.inf), terms, masked
+
 def chunk_losses(x: Tensor, target: SoftmaxTarget, grad: Tensor | None, factor) -> Tensor:
     """The losses of rows, with a class axis of size 1. `grad`, if given, gets the gradient of their sum times `factor`.
 
     `factor` is a number, or one a row, with a class axis of size 1."""
     x, losses, terms, masked = x.to(accumulator(x)), None, None, None
     p = grad if grad is not None and grad.dtype == x.dtype else torch.empty_like(x)
-    if x.is_cpu:  # elsewhere a look at values, whether a class is masked, would have to wait for them
-        terms = index_terms(target, x) if target.is_index else dense_terms(target, x)
+    if on_cpu(x):
+        terms = terms_of(target, x)
         if target.is_index and grad is not None: losses = quick_losses(x, target, terms, p)
     if losses is None:
-        log_p = softmax(x, target.axis, p, torch.log_softmax)
+        log_p, x = softmax(x, target.axis, p, torch.log_softmax), None  # of half precision, that was a copy: its memory is free now
         if terms is not None: losses = losses_of(log_p, target, terms)
         if losses is None or not losses.amax().item() < math.inf: losses, terms, masked = masked_losses(log_p, target)
-        if grad is not None: p.clamp_(min=TINY).exp_()
+        if grad is not None and on_cpu(p): p.clamp_(min=TINY)
+        if grad is not None: p.exp_()
     if target.ignored is not None: losses.masked_fill_(target.ignored.unsqueeze(target.axis), 0)
     if grad is not None: to_grad_(p, target, terms, masked, factor)
     if grad is not None and p is not grad: grad.copy_(p)
@@ -137,16 +142,16 @@ def to_grad_(p: Tensor, target: SoftmaxTarget, terms: Terms, masked: Tensor | No
     if not isinstance(total, Tensor):  # A and each are numbers, the same for all rows: p * A - each * u is one pass
         minus = u * -each if isinstance(u, Tensor) else p.new_full((), -each)
         torch.add(minus, p, alpha=total, out=p)
-    elif isinstance(each, Tensor): p.mul_(total).sub_(each * u)
-    else: p.mul_(total).sub_(u, alpha=each)
+    elif not isinstance(each, Tensor): p.mul_(total).sub_(u, alpha=each)
+    elif isinstance(u, Tensor): p.mul_(total).addcmul_(each, u, value=-1)
+    elif on_cpu(p): p.mul_(total).sub_(each * u)
+    else: torch.addcmul(each * -u, p, total, out=p)  # one pass; with two values a row, a CPU takes five times as long
     if terms.own is not None:
         y, own = target.target.unsqueeze(target.axis), terms.own * -factor
-        p.scatter_add_(target.axis, y, own if isinstance(own, Tensor) else p.new_full((), own).expand(y.shape))
+        p.scatter_add_(target.axis, y, (own if isinstance(own, Tensor) else p.new_full((), own)).expand(y.shape))
     if masked is not None: p.masked_fill_(masked, 0)
-    if target.ignored is not None:
-        ignored = target.ignored.unsqueeze(target.axis)
-        if masked is None: p.mul_(~ignored)  # all is finite here, and a product takes less time than to fill
-        else: p.masked_fill_(ignored, 0)     # of nan, too
+    elif target.ignored is not None:
+        p.mul_(~target.ignored.unsqueeze(target.axis))  # all is finite here, and a product takes less time than to fill
 
 def loss_and_grad(x: Tensor, target: SoftmaxTarget, reduction: str, scale, grad: Tensor | None = None, factor=1.) -> Tensor:
     """The loss, where `scale` is 1 over what a mean is over, else 1; made in half a dozen passes over each chunk.
@@ -190,7 +195,12 @@ def plain_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     x, ignored = x.to(accumulator(x)), target.ignored
     if ignored is not None: x = x.masked_fill(ignored.unsqueeze(target.axis), 0)  # whatever is there, it gets no gradient
     z = x - x.detach().amax(target.axis, keepdim=True)
-    losses = masked_losses(z, target, z.exp().sum(target.axis, keepdim=True).log())[0].squeeze(target.axis)
+    masked = z == -math.inf
+    total, _, _, t, lost = dense_terms(target, z, ~masked)
+    lse = z.exp().sum(target.axis, keepdim=True).log()
+    losses = total * lse - (t * z.masked_fill(masked, 0)).sum(target.axis, keepdim=True)
+    # inf is added, not filled in: the gradient of the other classes goes through the sum
+    losses = (losses + torch.zeros_like(losses).masked_fill(lost, math.inf)).squeeze(target.axis)
     if ignored is not None: losses = losses.masked_fill(ignored, 0)
     return losses if reduction == 'none' else losses.sum() if reduction == 'sum' else losses.sum() / target.denominator(x)
 

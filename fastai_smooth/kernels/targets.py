@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .autograd import accumulator
+from .autograd import accumulator, on_cpu
 
 class Coefficients(NamedTuple):
     "What `coefficients` gives: numbers, or tensors with a value a row."
@@ -48,6 +48,13 @@ def mean_over(weight, rows):
 
 # --- the softmax loss -------------------------------------------------------------------------------------------------
 
+class Shares(NamedTuple):
+    "The smoothed target of rows, own * y + each * u. Tensors have the axes of the logits, or broadcast to them."
+    own: float | Tensor
+    each: float | Tensor
+    u: Tensor | None     # None: 1 for each class
+    mass: float | Tensor # sum_k u_k, of the classes that are not masked
+
 class Smoothing(NamedTuple):
     "How targets are smoothed for the softmax loss. `prior` and a tensor `eps` are used in the dtype they have."
     eps: float | Tensor = .1     # Share that is smoothed, in [0, 1]; or one value a class, of shape [K]
@@ -62,29 +69,37 @@ class Smoothing(NamedTuple):
         if prior is not None: prior = prior.to(like.device, dtype)
         return Smoothing(eps, prior, *rest)
 
-    def dense(self, y: Tensor, axis: int, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """q for targets `y` (floating, classes along `axis`); `index` are the class indices that `y` came from.
+    def shares(self, like: Tensor, axis: int, index: Tensor | None, y: Tensor | None = None, keep: Tensor | None = None) -> Shares:
+        """What each row has of its target and of u, for class indices, or else labels `y`; `like` has the shape of the logits.
 
         `keep` is False at classes that are masked by a logit of -inf: they get no share, the others all of it."""
-        eps, u, mass = self.eps, keep, None
+        eps, u, left, positives, present, others = self.eps, None, like.shape[axis], 1, 1, self.spread == 'others'
         if isinstance(eps, Tensor): eps = of_class(eps, index).unsqueeze(axis)
-        elif keep is not None or self.multi_hot: eps = y.new_ones(()) * eps  # makes bools that dtype; `torch.full` would compile eps in
+        elif keep is not None or self.multi_hot: eps = like.new_ones(()) * eps  # makes bools that dtype; `torch.full` would compile eps in
         if self.prior is not None:
-            u = of_class(self.prior, index).movedim(-1, axis) if self.prior.dim() == 2 else along(self.prior, axis, y.dim())
-            if keep is not None: u = u * keep
-            mass = 1 if keep is None else u.sum(axis, keepdim=True)
-        left = y.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=y.dtype)
-        positives = present = y.sum(axis, keepdim=True) if self.multi_hot else 1
-        if keep is not None and self.multi_hot: present = (y * keep).sum(axis, keepdim=True)
-        elif keep is not None: present = ((y == 0) | keep).all(axis, keepdim=True).to(y.dtype)
-        own, each, own_masked, uniform = coefficients(eps, left, positives, present, mass, self.spread == 'others')
-        if keep is not None:
-            own = torch.where(keep, own, own_masked)
-            if self.prior is not None: u = torch.where(uniform, keep.to(y.dtype), u)
+            u = of_class(self.prior, index).movedim(-1, axis) if self.prior.dim() == 2 else along(self.prior, axis, like.dim())
+        if self.multi_hot: positives = present = y.sum(axis, keepdim=True)
+        if keep is not None: left = keep.sum(axis, keepdim=True, dtype=like.dtype)
+        if keep is not None and others: present = self.present(axis, index, y, keep).to(like.dtype)
+        mass = None if u is None else 1 if keep is None else (u * keep).sum(axis, keepdim=True)
+        own, each, own_masked, uniform = coefficients(eps, left, positives, present, mass, others)
+        if keep is not None and others and self.multi_hot: own = torch.where(keep, own, own_masked)
+        if keep is None or u is None: return Shares(own, each, u, left if u is None else u.sum(axis, keepdim=True))
+        return Shares(own, each, torch.where(uniform, 1., u), mass + left * uniform)
+
+    def present(self, axis: int, index: Tensor | None, y: Tensor | None, keep: Tensor) -> Tensor:
+        "How many positives are not masked; of class indices and soft labels, whether all of the label is."
+        if index is not None: return keep.gather(axis, index.unsqueeze(axis))
+        return (y * keep).sum(axis, keepdim=True) if self.multi_hot else ((y == 0) | keep).all(axis, keepdim=True)
+
+    def dense(self, y: Tensor, axis: int, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        "q for targets `y` (floating, classes along `axis`); `index` are the class indices that `y` came from, `keep` as in `shares`."
+        own, each, u, _ = self.shares(y, axis, index, y, keep)
         share = each if u is None else each * u
-        if type(own) is float and not torch.compiler.is_compiling():  # in one pass
-            return torch.add(share if isinstance(share, Tensor) else torch.full((), share, dtype=y.dtype, device=y.device), y, alpha=own)
-        return own * y + share
+        if keep is not None: share = share * keep
+        if torch.compiler.is_compiling(): return own * y + share  # `alpha` would be a constant of what is compiled
+        share = share if isinstance(share, Tensor) else torch.full((), share, dtype=y.dtype, device=y.device)
+        return torch.addcmul(share, y, own) if isinstance(own, Tensor) else torch.add(share, y, alpha=own)  # in one pass
 
 class SoftmaxTarget(NamedTuple):
     "What the softmax loss is computed against: all but the logits, checked and on their device."
@@ -119,20 +134,19 @@ class SoftmaxTarget(NamedTuple):
     def denominator(self, x: Tensor):
         "What `reduction='mean'` is over: the weights of the rows that count where targets are class indices, else the rows."
         rows = x.numel() // x.shape[self.axis]
-        if not self.is_index: return max(1, rows)
-        if self.ignored is not None: rows = rows - self.ignored.sum(dtype=accumulator(x))
-        if self.weight is None: return mean_over(rows, rows)
+        if self.is_index and self.ignored is not None: rows = rows - self.ignored.sum(dtype=accumulator(x))
+        if not self.is_index or self.weight is None: return rows.clamp(min=1) if isinstance(rows, Tensor) else max(1, rows)
         w = of_class(self.weight, self.target)
         return mean_over((w if self.ignored is None else w.masked_fill(self.ignored, 0)).sum(), rows)
 
     def scale(self, x: Tensor, reduction: str):
         "What the sum of losses is multiplied by; on a CPU a number."
         scale = 1 / self.denominator(x) if reduction == 'mean' else 1.
-        return scale.item() if isinstance(scale, Tensor) and x.is_cpu else scale
+        return scale.item() if isinstance(scale, Tensor) and on_cpu(x) else scale
 
 def of_class(v: Tensor, index: Tensor) -> Tensor:
-    "`v[index]`, which would look at the value of a scalar index."
-    return v[index] if index.dim() else v[index[None]][0]
+    "`v[index]`, in a third of the time, and without a look at the value of a scalar index."
+    return v.index_select(0, index.flatten()).view(index.shape + v.shape[1:])
 
 def along(v: Tensor, axis: int, ndim: int) -> Tensor:
     "A vector shaped to broadcast along `axis` of a tensor with `ndim` dimensions."

@@ -1,5 +1,5 @@
 "What the tests of the kernels share: options with their targets, the losses as formulas that autograd can do the rest of, layouts, ways."
-import os
+import os, sys
 
 import pytest, torch
 import torch.nn.functional as F
@@ -65,18 +65,31 @@ def lay_out(x, layout):
     if layout == 'offset': return torch.cat([x[:1], x])[1:]
     return x.contiguous()
 
+def gradients_check(f, inputs):
+    "Torch's checks of the first and second derivative. On Triton a gradient made anew adds up in another order: on_triton.py cuts the work anew."
+    tolerance = dict(nondet_tol=1e-12 if ON_TRITON else 0.)
+    return torch.autograd.gradcheck(f, inputs, **tolerance) and torch.autograd.gradgradcheck(f, inputs, **tolerance)
+
 def near(actual, expected, tolerance, shift=.1): return distance(shift + actual, shift + expected) < tolerance   # a loss of 1e-9 has no digits
 def cast(v, dtype): return v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
 def cast_all(options, dtype): return {k: cast(v, dtype) for k, v in options.items()}
 
-# 'few' logits go to PyTorch's own loss; others through a 'loop', in one chunk or in 'chunks'. On Triton, on_triton.py cuts the work
-WAYS = ('few',) if ON_TRITON else ('few', 'loop', 'chunks')
+# 'few' logits go to PyTorch's own loss; others through a 'loop', in one chunk or in 'chunks', or as 'on a GPU', where no value may be looked
+# at. On Triton, on_triton.py cuts the work
+WAYS = ('few',) if ON_TRITON else ('few', 'loop', 'chunks', 'on a GPU')
+
+def as_on_a_gpu(monkeypatch):
+    "Makes the torch implementation take tensors of the CPU for those of a GPU."
+    for name, module in list(sys.modules.items()):
+        if name.startswith('fastai_smooth.kernels.') and hasattr(module, 'on_cpu'): monkeypatch.setattr(module, 'on_cpu', lambda x: False)
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     "Each way to compute a loss, for small tensors too: a chunk is a row."
     if request.param == 'few': return 'few'
-    for module in (softmax, sigmoid): monkeypatch.setattr(module, 'pytorch_loss', lambda *args: None)
+    if request.param == 'on a GPU': as_on_a_gpu(monkeypatch)
+    else:
+        for module in (softmax, sigmoid): monkeypatch.setattr(module, 'pytorch_loss', lambda *args: None)
     if request.param == 'chunks':
         monkeypatch.setattr(softmax, 'CHUNK_MB', 0)
         monkeypatch.setattr(sigmoid, 'chunks', lambda x, *_, **__: [(slice(i, i + 1), ...) for i in range(len(x))] if x.dim() else [...])

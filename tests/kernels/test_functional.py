@@ -1,13 +1,16 @@
 "The public functions: what is imported and called for them, what goes in, and what comes out."
 from collections import Counter
+from functools import partial
 from itertools import product
 import os, subprocess, sys
 
 import pytest, torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_smooth import kernels
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy, smooth_targets
-from .cases import HOT, INDEX, ON_TRITON, S, SOFT, W, by_reduction, every_option, logits, way
+from fastai_smooth.kernels import smooth_linear_binary_cross_entropy_with_logits, smooth_linear_cross_entropy
+from .cases import HOT, INDEX, ON_TRITON, S, SOFT, W, as_on_a_gpu, by_reduction, every_option, logits, way
 from reference import REDUCTIONS, distance, loss_and_grad
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*weight')  # past the flip: test_checks.py has it
@@ -28,7 +31,7 @@ def test_what_is_imported():
     assert ended.returncode == 0, ended.stderr
 
 @pytest.mark.parametrize('loss_func,shape,most', [(smooth_cross_entropy, (64, 10), 30), (smooth_bce, (64, 10), 30),
-                                                  (smooth_cross_entropy, (1024, 1000), 60), (smooth_bce, (1024, 1000), 120)])
+                                                  (smooth_cross_entropy, (1024, 1000), 70), (smooth_bce, (1024, 1000), 130)])
 def test_calls_are_few(loss_func, shape, most):
     "A loss and its backward call little Python beside the tensor ops, which for small batches would take longer than they do."
     x, calls = torch.randn(shape, requires_grad=True), Counter()
@@ -49,6 +52,42 @@ def test_autocast_and_backend(loss_func, target, options, dtype):
     with torch.autocast('cpu', torch.bfloat16): actual = loss_and_grad(loss_func, x, target, **options)
     assert actual[0].dtype == torch.float32 and actual[1].dtype == dtype and max(map(distance, actual, expected)) < 1e-6
     assert ON_TRITON or torch.equal(loss_func(x, target, backend='torch', **options), loss_func(x, target, backend='auto', **options))
+
+of_torch = pytest.mark.skipif(ON_TRITON, reason='of the torch implementation')
+
+@of_torch
+@pytest.mark.parametrize('options', [{}, dict(weight=W, prior=S), dict(eps=W / 2), dict(spread='others')])
+def test_an_index_out_of_range_is_nan_on_a_gpu(options, monkeypatch):
+    "Where an error would have to wait for the values: loss and gradient of its row, and no other, whatever is ignored."
+    as_on_a_gpu(monkeypatch)
+    x, y, fine = logits(8, 4), torch.tensor([0, 4, 1, -1, -100, 2, 300, -99]), [0, 2, 4, 5]
+    x[6:, ::3] = -torch.inf   # the first class, and the last: an index out of range is taken for neither
+    loss, grad = loss_and_grad(smooth_cross_entropy, x, y, reduction='none', **options)
+    assert loss.isnan().tolist() == grad.isnan().any(1).tolist() == [i not in fine for i in range(8)] and smooth_cross_entropy(x, y, **options).isnan()
+    expected, truth = loss_and_grad(smooth_cross_entropy, x[fine], y[fine], reduction='none', **options)
+    assert distance(loss[fine], expected) < 1e-12 and distance(grad[fine], truth) < 1e-12
+
+LINEAR = {smooth_cross_entropy: smooth_linear_cross_entropy, smooth_bce: smooth_linear_binary_cross_entropy_with_logits}
+
+class NoLooks(TorchDispatchMode):
+    "Raises where the value of a tensor is read, for which a GPU would be waited for."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split('.')[0] not in ('_local_scalar_dense', 'nonzero', 'equal', 'unique', 'masked_select'), func
+        return func(*args, **kwargs or {})
+
+@of_torch
+@every_option
+@by_reduction
+@pytest.mark.parametrize('linear', [False, True])
+def test_no_value_is_looked_at_on_a_gpu(loss_func, target, options, reduction, linear, monkeypatch):
+    "In the forward, and in the backward with any factor; of a linear layer's logits, too."
+    as_on_a_gpu(monkeypatch)
+    losses = target.shape if loss_func is smooth_bce else target.shape[:1]
+    factor = torch.rand(losses if reduction == 'none' else (), dtype=torch.float64)
+    if linear: loss_func = partial(LINEAR[loss_func], logits().requires_grad_())
+    x = logits().requires_grad_()
+    with NoLooks(): loss_func(x, target, reduction=reduction, **options).backward(factor)
+    with pytest.raises(AssertionError, match='_local_scalar_dense'), NoLooks(): x.sum().item()
 
 @every_option
 @by_reduction

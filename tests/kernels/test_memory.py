@@ -2,9 +2,12 @@
 import pytest, torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastai_smooth.kernels import smooth_binary_cross_entropy_with_logits as smooth_bce, smooth_cross_entropy
 from fastai_smooth.kernels.softmax import CHUNK_MB
+from .cases import as_on_a_gpu
 
 MB = 2**20
 SHAPES = dict(tall=(10000, 512), image=(4, 21, 256, 256), channels_last=(4, 21, 256, 256), volume=(2, 40, 8, 64, 128))
@@ -65,6 +68,40 @@ def test_softmax_memory(kind, option, dtype):
     step = lambda: (loss := smooth_cross_entropy(x, y, **options), torch.autograd.grad(loss, x))
     sizes, peak = allocations(step)
     assert sum(s > max(x.nbytes / 2, prior) for s in sizes) <= 1 and peak <= x.nbytes + most, f'{peak:,} bytes live'
+
+@pytest.mark.parametrize('option,dtype,most', [
+    ('index', torch.float32, 2.5), ('weight, ignored', torch.float32, 3.5), ('soft, weight', torch.float32, 3.5),
+    ('multi-hot', torch.float32, 4.5), ('matrix', torch.float32, 4.5), ('index', torch.bfloat16, 5), ('index', torch.float16, 5)])
+def test_softmax_memory_on_a_gpu(option, dtype, most, monkeypatch):
+    "As tensors of the logits' size. PyTorch's loss of class indices makes 3, of half precision under autocast 6."
+    as_on_a_gpu(monkeypatch)
+    x, y, options = case('tall', option, dtype)
+    x.requires_grad_()
+    step = lambda: (loss := smooth_cross_entropy(x, y, **options), torch.autograd.grad(loss, x))
+    assert allocations(step)[1] <= (most + .1) * x.nbytes   # and values a row
+    if option != 'index': return
+    plain = lambda: (loss := F.cross_entropy(x.float(), y, label_smoothing=.1), torch.autograd.grad(loss, x))
+    assert allocations(plain)[1] >= (3 if dtype == torch.float32 else 6) * x.nbytes
+
+class Operands(TorchDispatchMode):
+    "Bytes of the operands and of the results of all ops, but views: what a GPU reads and writes. Gathers and scatters count in full."
+    total = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and 'empty' not in func.__name__:
+            for side in (args, result):
+                tensors = {v.data_ptr(): v for v in tree_leaves(side) if isinstance(v, torch.Tensor)}
+                self.total += sum(v.untyped_storage().nbytes() for v in tensors.values())
+        return result
+
+def test_passes_on_a_gpu(monkeypatch):
+    "Over the logits, of class indices: twice as many as of PyTorch's loss, which has no masked classes, and nan for a nan in an ignored row."
+    as_on_a_gpu(monkeypatch)
+    x, y, _ = case('tall')
+    def passes(loss_func, **options):
+        with Operands() as seen: torch.autograd.grad(loss_func(x.requires_grad_(), y, **options), x)
+        return seen.total / x.nbytes
+    assert 10 < passes(F.cross_entropy, label_smoothing=.1) < 12 and passes(smooth_cross_entropy) < 21
 
 @pytest.mark.parametrize('dtype,target_dtype', [(torch.float32, torch.bool), (torch.float32, torch.float32), (torch.float16, torch.uint8)])
 def test_sigmoid_memory(dtype, target_dtype):

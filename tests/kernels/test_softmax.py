@@ -76,7 +76,7 @@ def test_random_settings(way, part):
         with torch.no_grad(): quiet = smooth_cross_entropy(x, y, **options)
         assert loss.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32) and grads[0].dtype == x.dtype
         for v, grad in zip((loss.detach(), quiet), grads): assert close(s, v, grad), (seed, s.option, s.options)
-        assert ON_TRITON or torch.equal(*grads), seed
+        assert ON_TRITON or torch.equal(*grads) or way == 'on a GPU' and x.itemsize == 2, seed   # rounded after or before the factor
         for grad in grads: assert not grad[s.masked].any() and not grad.movedim(1, -1)[s.ignored].any(), seed
 
 def test_the_reference_is_pytorch():
@@ -198,13 +198,14 @@ ROW, LOG_P = [1., -INF, 2.], torch.tensor([1., 2.]).double().log_softmax(0)   # 
     (ROW, 1, .2, {}, INF), (ROW, 1, 0., {}, INF), (ROW, [.5, .5, 0.], .2, {}, INF), (ROW, [1, 1, 0], .2, dict(multi_hot=True), INF),   # the target wants it
     (ROW, [1, 1, 0], .75, dict(multi_hot=True, spread='others'), INF), (ROW, 1, 1., {}, -LOG_P.mean()), ([-INF] * 3, 1, .2, {}, NAN)])
 def test_masked_by_hand(way, row, target, eps, options, expected):
-    "In a batch, with a row beside it that is as ever; a masked class gets a gradient of exactly 0."
+    "In a batch, with a row beside it that is as ever; a masked class gets a gradient of exactly 0, and those of a row add up to 0."
     x, y = torch.tensor([row, [1., 2., 0.]]).double(), torch.tensor([target, [1, 0, 0] if isinstance(target, list) else 0])
     loss, grad = loss_and_grad(smooth_cross_entropy, x, y, eps, reduction='none', **options)
     assert distance(loss[0], expected) < 1e-12 and distance(smooth_cross_entropy(x, y, eps, **options), (loss[0] + loss[1]) / 2) < 1e-12
     alone = loss_and_grad(smooth_cross_entropy, x[1:], y[1:], eps, reduction='none', **options)
     assert max(map(distance, (loss[1:], grad[1:]), alone)) < 1e-12
     if -INF in row[1:2]: assert grad[0, 1] == 0 and grad.isfinite().all() or NAN is expected
+    if loss[0].isfinite(): assert abs(grad[0].sum()) < 1e-12
 
 @pytest.mark.parametrize('x,dtype', [
     ([1e32, 2., 1e32], torch.float32), ([1e32, -INF, 1e32], torch.float32), ([0., -1e30, 5.], torch.float64), ([-1e39, -1.5e39, -1e39], torch.float64),
@@ -215,6 +216,22 @@ def test_the_largest_and_the_least_logits(way, x, dtype):
     loss, grad = loss_and_grad(smooth_cross_entropy, x, y, 0., reduction='none')
     expected, truth = loss_and_grad(F.cross_entropy, x.double(), y, reduction='none')
     assert torch.allclose(loss.double(), expected) and torch.allclose(grad.double(), truth, atol=1e-7)
+
+def test_masked_by_the_least_number(way):
+    "As Hugging Face does: their sum is -inf, which must not meet a smoothing of 0. Smoothed, the loss is inf, as PyTorch's; the gradient is right."
+    least, v = torch.finfo(torch.float32).min, torch.tensor([0, .5, 0, 0, .5])
+    x, y = torch.tensor([[1., 2., least, least, .5], [least, least, 3., least, 0.]]), torch.tensor([1, 2])
+    hot = F.one_hot(y, 5)
+    expected, truth = loss_and_grad(F.cross_entropy, x.double(), y)
+    for target, eps, options in ((y, 0., {}), (y, 0 * v, {}), (hot.float(), 0., {}), (hot, 0., dict(multi_hot=True))):
+        loss, grad = loss_and_grad(smooth_cross_entropy, x, target, eps, **options)
+        assert distance(loss, expected) < 1e-6 and distance(grad, truth) < 1e-6
+    loss, grad = loss_and_grad(smooth_cross_entropy, x, y)
+    expected, truth = loss_and_grad(F.cross_entropy, x, y, label_smoothing=.1)
+    assert loss == expected == INF and distance(grad, truth) < 1e-6
+    loss, grad = loss_and_grad(smooth_cross_entropy, x[:1], y[:1], .1, prior=v)
+    expected, truth = loss_and_grad(F.cross_entropy, x[:1].double(), torch.tensor([[0, .95, 0, 0, .05]]).double())
+    assert distance(loss, expected) < 1e-6 and distance(grad, truth) < 1e-6
 
 @pytest.mark.parametrize('value', [NAN, INF])
 def test_a_row_that_is_not_finite(way, value):
@@ -242,7 +259,7 @@ def ways(monkeypatch):
         return ' '.join(seen)
     return call
 
-QUICK, SLOW, MASKED = 'pytorch? quick', 'pytorch? quick? losses', 'pytorch? quick? losses masked'
+QUICK, SLOW, MASKED = 'pytorch? quick', 'pytorch? quick? losses', 'pytorch? quick? losses losses masked'
 
 @pytest.mark.parametrize('value,eps,way', [
     (None, .1, QUICK), (None, 0., QUICK), (softmax.FAR - .5, .1, QUICK), (softmax.FAR + 1, .1, SLOW), (softmax.FAR + 1, 0., QUICK), (-INF, .1, MASKED), (-INF, 0., QUICK)])
