@@ -11,14 +11,22 @@ from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.tracker import TrackerCallback
 import io
 from tempfile import TemporaryDirectory
+from torch.overrides import TorchFunctionMode
 from urllib.parse import quote
 from .kernels.checks import check_whole, warn
 
 # %% ../nbs/05_pilot.ipynb #fdf0ff18
+class _WithoutGraph(TorchFunctionMode):
+    "Inside, deepcopy takes tensors with a graph, which it refuses, as if they were detached."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf: return deepcopy(args[0].detach(), args[1])
+        return func(*args, **(kwargs or {}))
+
 def _deepcopied(o, memo):
     "A deepcopy. Where it fails `memo` is put back: it knows objects by their address, and some are gone by then."
     before = dict(memo)
-    try: return deepcopy(o, memo)
+    try:
+        with _WithoutGraph(): return deepcopy(o, memo)
     except Exception:
         memo.clear()
         memo.update(before)
@@ -63,18 +71,21 @@ def _own_cbs(learn, memo, train):
         if isinstance(cb, Recorder): res.append(Recorder()) # an empty one: others ask for it
         elif not _records(cb):
             try: res.append(_deepcopied(cb, memo))
-            except Exception: left_out.append(cb.name) if train else res.append(_copied_by_parts(cb, memo))
+            except Exception as e:
+                left_out.append(f'{cb.name} ({type(e).__name__}: {e})') if train else res.append(_copied_by_parts(cb, memo))
     if left_out: warn(f'trial trainings are made without the callbacks {", ".join(left_out)}: deepcopy refuses them, and shared ones would '
-                      'keep what they see there', 5)
+                      'keep what they see there. Write a `__deepcopy__` for one that should take part', 5)
     return res
 
 # %% ../nbs/05_pilot.ipynb #dlcopies
 def _own_dl(dl, memo, train=True):
     "Another loader of the same data set, which shares no random state, sampler or workers. To predict, it may share what deepcopy refuses."
     if type(dl) in (DataLoader,TfmdDL) or 'new' in vars(type(dl)): return dl.new() # other loaders of fastai's lose there what they are
+    if type(dl) in (list,tuple,L): return dl # of batches, which fastai trains with: it is its own data set
     refuse = 'a training of a pilot needs data loaders of its own' if train else None
     unfinished = 'it','_iterator' # epochs that were not finished, or persistent workers
-    return _copied_by_parts(dl, {**memo, id(dl.dataset):dl.dataset}, refuse, unfinished)
+    data = getattr(dl, 'dataset', None) # a user's own loader may tell none: all of it is copied
+    return _copied_by_parts(dl, {**memo, id(data):data}, refuse, unfinished)
 
 @contextmanager
 def loader_to_predict(dl:DataLoader) -> Iterator[DataLoader]: # Is left as it is: its generators and those of its samplers are put back

@@ -46,7 +46,7 @@ def _label_means(targets, axis): # frequency of each label in pairs of a weight 
 
 # %% ../nbs/02_prior.ipynb #440bdd20
 def _labels(dl): # the training targets of `dl`, one at a time, without the inputs
-    ds = dl.dataset
+    ds = getattr(dl, 'dataset', dl) # a list of batches has none
     if hasattr(dl, 'seq_len'): return dl.items # a language model's: every token is a target
     if hasattr(ds, 'ys'): return list(map(detuplify, map(tuple, ds.ys.values.tolist()))) # TabularPandas, encoded
     if hasattr(ds, 'tls'): return ds.tls[-1]
@@ -110,7 +110,7 @@ def _transformed(dl, labels): # after the transforms of `dl` that take targets o
 
 # %% ../nbs/02_prior.ipynb #aec61649
 def _targets(dl): # (weight, target) of each item that training draws, as training gets it; inputs are not opened
-    while isinstance(vars(dl).get('dl'), DataLoader): dl = dl.dl # a DistributedDL has its own
+    while isinstance(getattr(dl, '__dict__', {}).get('dl'), DataLoader): dl = dl.dl # a DistributedDL has its own
     labels = _labels(dl)
     alone = hasattr(dl.dataset, 'tls') and labels is dl.dataset.tls[-1]
     draws,unknown = _draws(dl, len(labels)),_unknown(dl, alone)

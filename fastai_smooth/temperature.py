@@ -110,7 +110,8 @@ def _warn_of_data(learn, dl, preds, fits):
     of = f' of label {", ".join(missing)}' if len(fits) > 1 else ''
     if missing: warn(f'no temperature is best for the {len(preds.logits)} predictions{of}: T=1 is used. Are all of them right, no better '
                      'than chance, or nan?', 3)
-    if getattr(dl, 'dataset', dl) is getattr(learn.dls.train, 'dataset', None):
+    data,trained_on = (getattr(o, 'dataset', o) for o in (dl,learn.dls.train)) # a list of batches is its own data set
+    if data is trained_on:
         warn('this temperature is fitted to training data, about which a model is overconfident: give data it was not trained on', 3)
     least = .1 if learn.opt is None else .05 # without an optimizer there was no training here, though perhaps elsewhere
     if not missing and _knows_nothing(*preds[:2], fits, least):

@@ -4,11 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 from fastai.callback.data import PartialDL, WeightedDL
+from fastai.callback.hook import HookCallback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.text.all import language_model_learner
+from fastai.text.all import language_model_learner, text_classifier_learner
 from fastai.vision.all import unet_learner
 
 import fuzz
@@ -57,6 +58,14 @@ def trained(learn):
 
 def images(): return trained(unet_learner(segment_dls(*segment_arrays(12), bs=4, n_valid=4), tiny_arch, n_out=3, pretrained=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID)))
 def words(): return trained(language_model_learner(lm_dls(), AWD_LSTM, config=small_lm_config(), pretrained=False))
+def texts(): return trained(text_classifier_learner(text_dls(), AWD_LSTM, config=small_clas_config(), pretrained=False))
+
+def searched(make):
+    "After a search for lr, which ends in a training batch: its RNNCallback holds tensors with a graph"
+    learn = make()
+    with learn.no_bar(): learn.lr_find(num_it=5, show_plot=False)
+    assert learn.rnn.out.grad_fn is not None
+    return learn
 
 class OwnSampler(torch.utils.data.Sampler):
     "An order of a generator of its own, and of the epoch, which it counts"
@@ -73,13 +82,25 @@ class RandomDL(DataLoader):
         self.gen = np.random.default_rng(3)
     def get_idxs(self): return self.gen.permutation(self.n).tolist()
 
+class Batches:
+    "A user's own loader, without a data set, which counts its epochs"
+    def __init__(self, items): self.batches, self.epoch = batches(items), 0
+    def __len__(self): return len(self.batches)
+    def __iter__(self):
+        self.epoch += 1
+        return iter(self.batches[self.epoch % 3:] + self.batches[:self.epoch % 3])
+
+def batches(items, cls=list): return cls(tuple(map(torch.stack, zip(*o))) for o in chunked(items, 16))
+
 def seeded(): return torch.Generator().manual_seed(3)
 LOADERS = dict(torch=lambda o: torch_loader(o, shuffle=True, generator=seeded()), sampler=lambda o: torch_loader(o, sampler=torch.utils.data.WeightedRandomSampler([1.]*80, 80, generator=seeded())),
                own=lambda o: torch_loader(o, sampler=OwnSampler(o)),
                batches=lambda o: torch.utils.data.DataLoader(o, batch_sampler=torch.utils.data.BatchSampler(OwnSampler(o), 16, False)),
                persistent=lambda o: torch_loader(o, shuffle=True, num_workers=1, persistent_workers=True),
-               fastai_persistent=lambda o: fastai_loader(o, num_workers=1, persistent_workers=True), fastai_numpy=lambda o: fastai_loader(o, RandomDL))
-LEARNERS = dict(never_fitted=plain, frozen=frozen, smoothed=lambda: fitted().to_smooth(.2), unet=images, language_model=words, **{k: partial(fitted, v) for k, v in LOADERS.items()})
+               fastai_persistent=lambda o: fastai_loader(o, num_workers=1, persistent_workers=True), fastai_numpy=lambda o: fastai_loader(o, RandomDL),
+               list=batches, tuple=partial(batches, cls=tuple), L=partial(batches, cls=L), batches_own=Batches)
+LEARNERS = dict(never_fitted=plain, frozen=frozen, smoothed=lambda: fitted().to_smooth(.2), unet=images, language_model=words,
+                words_searched=partial(searched, words), texts_searched=partial(searched, texts), **{k: partial(fitted, v) for k, v in LOADERS.items()})
 
 def comparable(o):
     "Plain data of anything there is in a Learner, to compare by =="
@@ -96,7 +117,7 @@ def state(learn):
     opt, ps, loaders = learn.opt, list(learn.model.parameters()), learn.dls.loaders
     return dict(weights=comparable(dict(learn.model.state_dict())), modes=[m.training for m in learn.model.modules()], grads=comparable([p.grad for p in ps]), frozen=[p.requires_grad for p in ps],
                 opt=opt and [comparable(opt.state_dict()), opt.frozen_idx], recorder=fields(learn.recorder), random=comparable(get_random_states()),
-                rngs=[comparable([getattr(dl, 'rng', None), getattr(dl, 'generator', None), getattr(getattr(dl, 'sampler', None), 'generator', None)]) for dl in loaders],
+                rngs=[comparable([getattr(dl, 'rng', None), getattr(dl, 'epoch', None), getattr(dl, 'generator', None), getattr(getattr(dl, 'sampler', None), 'generator', None)]) for dl in loaders],
                 hooks=[len(m._forward_hooks) + len(m._backward_hooks) + len(m._forward_pre_hooks) for m in learn.model.modules()],
                 cbs=[(type(cb).__name__, fields(cb), cb.learn is learn) for cb in learn.cbs], metrics=[comparable(vars(m)) for m in learn.metrics], names=sorted(learn.__dict__))
 
@@ -209,11 +230,11 @@ class Locked(Notes):
         self.seen['batches'].append(self.iter)
 
 def test_a_callback_that_cannot_be_copied_is_left_out_of_trainings_and_named():
-    "each time, where the user's code is: it would share its list with the pilot"
+    "each time, where the user's code is, with the reason and a remedy: it would share its list with the pilot"
     learn = fitted(cbs=[Locked(), GradientAccumulation(16)])
     before = fields(learn.locked)
     for _ in range(2):
-        with pytest.warns(UserWarning, match='without the callbacks locked:') as said, pilot(learn) as trial: trial.fit(1)
+        with pytest.warns(UserWarning, match=r"without the callbacks locked \(TypeError: cannot pickle '_thread.lock' object\):.*`__deepcopy__`") as said, pilot(learn) as trial: trial.fit(1)
         assert len(said) == 1 and said[0].filename == __file__
     assert not hasattr(trial, 'locked') and trial.gradient_accumulation is not learn.gradient_accumulation
     assert fields(learn.locked) == before and learn.locked.learn is learn
@@ -227,6 +248,36 @@ def test_a_callback_that_cannot_be_copied_has_its_part_in_predictions():
         with pilot(learn, train=False) as trial: assert torch.equal(trial.get_preds()[0], expected)
     assert fields(learn.locked) == before and learn.locked.learn is learn
 
+class Keeps(Callback):
+    "Keeps tensors with a graph: the last one, all of them, and their sum"
+    run_valid = False
+    def __init__(self): self.seen, self.total = {'preds': []}, 0.
+    def after_loss(self):
+        self.last = self.pred
+        self.seen['preds'].append(self.pred)
+        self.total = self.total + self.learn.loss
+
+@pytest.mark.parametrize('train', [True, False])
+def test_tensors_of_callbacks_are_copied_without_their_graph(train):
+    "and nothing is left out, said, or shared; fastai's hooks may keep such tensors, too"
+    learn = fitted(cbs=[Keeps(), HookCallback(hook=lambda m, i, o: o, every=1, detach=False)])
+    before = fields(learn.keeps)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'trial trainings')
+        with pilot(learn, train=train) as trial:
+            assert {**fields(trial.keeps), **before} == fields(trial.keeps) and trial.keeps.last is trial.keeps.seen['preds'][-1]
+            assert not any(o.requires_grad for o in (trial.keeps.total, *trial.keeps.seen['preds'], *trial.hook.hooks.stored))
+            trial.fit(1) if train else trial.get_preds()
+    assert fields(learn.keeps) == before and learn.keeps.total.requires_grad and learn.hook.hooks.stored[0].requires_grad
+
+@pytest.mark.parametrize('make', [words, texts])
+def test_a_pilot_with_an_rnn_trains_as_the_learner_itself(make):
+    learn = searched(make)
+    learn.dls.loaders = [dl.new(shuffle=False) for dl in learn.dls.loaders]
+    with pilot(learn, seed=3) as trial: trial.fit(1, 1e-2)
+    with no_random(3): learn.fit(1, 1e-2)
+    assert torch.equal(weights(trial), weights(learn))
+
 @pytest.mark.parametrize('make', [lambda o: WeightedDL(o, bs=8, shuffle=True, wgts=[1., *[0.]*(len(o)-1)]), lambda o: PartialDL(o, bs=8, partial_n=16)], ids=['weighted', 'partial'])
 def test_pilots_train_on_what_the_learner_trains_on(make):
     "fastai's weighted and partial loaders lose what they are in `new`"
@@ -235,6 +286,11 @@ def test_pilots_train_on_what_the_learner_trains_on(make):
         assert type(trial.dls[0]) is type(learn.dls[0]) and len(trial.dls[0]) == len(learn.dls[0])
         seen = torch.cat([b[0] for b in trial.dls[0]])
     assert len(seen) == 16 or (seen == seen[0]).all()
+
+@pytest.mark.parametrize('cls', [list, tuple, L])
+def test_a_list_of_batches_is_shared_as_a_data_set_is(cls):
+    learn = plain(partial(batches, cls=cls))
+    with pilot(learn) as trial: assert trial.dls.train is learn.dls.train
 
 # ---------------------------------------------------------------- what it saves
 

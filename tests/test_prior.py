@@ -100,6 +100,9 @@ class Relabelled(Datasets):
 
 def every_second(idxs=None): return list(range(0, 10, 2))
 
+def test_batches_without_a_data_set_are_refused():
+    for cls in (list, tuple, L): refused(DataLoaders(cls(), cls()), f'labels of a {cls.__name__}')
+
 def test_code_of_the_user_s_own_is_refused():
     "What it draws or yields can't be known without running it"
     for dl_type, name in ((Oversampled, 'get_idxs'), (Halved, 'do_batch'), (Wrapped, '__iter__')): refused(animals(dl_type=dl_type), name)

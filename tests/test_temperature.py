@@ -73,6 +73,16 @@ def test_other_data(which):
     assert ['training data' in o for o in said] == [True]*of_training
     same(loader.generator.get_state(), torch.Generator().manual_seed(3).get_state())
 
+@pytest.mark.parametrize('ds_idx', [0, 1])
+def test_lists_of_batches(ds_idx):
+    "which fastai trains with; it says so if they are those of the training"
+    (z, y), learn = drawn(300, 4, t=2.), single()
+    learn.dls = dls = DataLoaders(*map(list, learn.dls.loaders))
+    n = len(z) if ds_idx else 40
+    said = said_by(learn.fit_temperature, ds_idx)
+    near(learn.temperature, fitted(z[:n], y[:n]).used, 1e-3)
+    assert ['training data' in o for o in said] == [True]*(not ds_idx) and learn.dls is dls
+
 @both
 @pytest.mark.parametrize('per_label', [False, True])
 def test_a_model_that_was_not_trained_warns(make, per_label):

@@ -2,6 +2,7 @@
 import math, warnings
 
 import fuzz, matplotlib, pytest
+from fastai.text.all import language_model_learner, text_classifier_learner
 from fuzz import Row
 from hypothesis import strategies as st
 from scipy.stats import binomtest
@@ -388,6 +389,26 @@ def test_eps_find_leaves_no_trace(trained, call):
     check_untouched(learn, before)
     if call == 'one': assert str(quietly(find, learn)) == str(a)   # the same twice
     plt.close('all')
+
+@pytest.mark.parametrize('make', [lambda: language_model_learner(lm_dls(), AWD_LSTM, config=small_lm_config(), pretrained=False),
+                                  lambda: text_classifier_learner(text_dls(), AWD_LSTM, config=small_clas_config(), pretrained=False)], ids=['language_model', 'texts'])
+def test_texts_after_lr_find(make, tmp_path):
+    "which leaves the last training batch in a callback"
+    learn = quiet(make())
+    learn.path = tmp_path
+    with learn.no_bar(): learn.lr_find(num_it=5, show_plot=False)
+    before = snapshot(learn)
+    found = quietly(find, learn, full=True, epss=[.1])
+    check_untouched(learn, before)
+    assert 0 < found.valid_error <= 1 and list(found.scores.eps) == [0, .1]
+
+def test_lists_of_batches():
+    "which fastai trains with"
+    learn = given(*drawn(200, 4, eta=.1))
+    expected = find(learn, fit=noop)
+    learn.dls = DataLoaders(*map(list, learn.dls.loaders))
+    assert str(find(learn, fit=noop)) == str(expected)
+    quietly(find, learn, full=True, epss=[.1])
 
 # ---------------------------------------------------------------- bad and odd arguments
 
