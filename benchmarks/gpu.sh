@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/gpu.sh 3 4
 #
-#   1 check        every kernel beside float64, on a few rows; where one is wrong nothing else runs    40 s
-#   2 tests        those that need a GPU, and the torch implementation's on the Triton one             185 s
+#   1 check        every kernel beside float64, on a few rows; where one is wrong nothing else runs    50 s
+#   2 tests        those that need a GPU, and the torch implementation's on the Triton one             225 s
 #   3 table        times beside eager, torch.compile and Liger-Kernel, then every option               2 to 3 min
 #   4 choose       what decides the dispatch table                                                     2 min
 #   5 train        the head of a language model, and trainings                                         45 s
@@ -20,6 +20,12 @@ mkdir -p "$out" && out=$(cd "$out" && pwd)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 unset TRITON_INTERPRET
 [ $# = 0 ] && set -- 1 2 3 4 5 6 7
+for stage in "$@"; do
+    case $stage in
+        [1-7] | check | tests | table | choose | train | sanitizers | linear) ;;
+        *) echo "gpu.sh: there is no stage $stage" >&2; exit 2 ;;
+    esac
+done
 results=() failed=0
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo 'gpu.sh: torch finds no GPU here' >&2; exit 2; }
 
@@ -53,8 +59,8 @@ EOF
 }
 
 tests() { # fewer settings than on a CPU: each is compiled
-    pytests gpu-tests 55 tests/kernels/triton/test_{gpu,launch,softmax,sigmoid}.py
-    SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 pytests kernel-tests 130 \
+    pytests gpu-tests 75 tests/kernels/triton/test_{gpu,launch,softmax,sigmoid}.py
+    SMOOTH_TEST_BACKEND=triton SMOOTH_TEST_SETTINGS=40 pytests kernel-tests 150 \
         tests/kernels/test_{softmax,sigmoid,autograd,compile,functional,linear}.py
 }
 
@@ -71,14 +77,13 @@ sanitizers() {
 
 for stage in "$@"; do
     case $stage in
-        1 | check) bench check 50 60 || { echo 'the kernels are wrong, or were not checked: nothing else is run'; finish; } ;;
+        1 | check) bench check 60 60 || { echo 'the kernels are wrong, or were not checked: nothing else is run'; finish; } ;;
         2 | tests) tests ;;
         3 | table) bench table 180 90 ;;
         4 | choose) bench choose 120 115 ;;
         5 | train) bench train 60 20 ;;
         6 | sanitizers) sanitizers ;;
-        7 | linear) step linear 90 30 python3 benchmarks/linear.py "$out/linear.json" --seconds 1 ;;
-        *) echo "gpu.sh: there is no stage $stage" >&2; exit 2 ;;
+        7 | linear) step linear 90 30 python3 benchmarks/linear.py "$out/linear.json" --seconds .5 ;;
     esac
 done
 finish

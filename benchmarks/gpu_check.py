@@ -15,7 +15,7 @@ from gpu_common import DEVICE, Rows, cast, dtype_of, early, in_parallel, name_of
 LOSS = dict(float32=2e-6, bfloat16=2e-6, float16=2e-6, float64=1e-12)     # relative, in the norm
 GRAD = dict(float32=3e-6, bfloat16=4e-3, float16=6e-4, float64=1e-12)
 DTYPES = 'float32', 'bfloat16', 'float16'
-SECONDS = 30   # of the pool: what is not done by then is left out
+SECONDS = 40   # of the pool: what is not done by then is left out
 ONLY_RUN = False   # compare nothing
 
 class Check(NamedTuple):

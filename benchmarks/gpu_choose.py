@@ -151,5 +151,6 @@ def main(path, parts=('tiles', 'early', 'sigmoid')):
     for part, ask in (('early', ask_early), ('sigmoid', ask_sigmoid)):
         if part in parts: ask(out)
     print(f'{time.time() - START:.0f} s')
+    return out.failed()
 
-if __name__ == '__main__': main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else []))
+if __name__ == '__main__': sys.exit(main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else [])))

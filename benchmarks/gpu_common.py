@@ -41,6 +41,7 @@ class Rows:
     def __init__(self, path):
         self.path, self.data = Path(path), dict(machine=machine(DEVICE), rows=[])
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.write()
 
     def run(self, name, f, *args, say=None):
         "The row that `f` gives, or what it raised. `say` makes a line of it."
@@ -57,6 +58,8 @@ class Rows:
         return row
 
     def write(self): self.path.write_text(json.dumps(self.data, indent=1, default=str) + '\n')
+
+    def failed(self): return any('error' in row for row in self.data['rows'])
 
 def free():
     "Gives memory and compiled graphs back."

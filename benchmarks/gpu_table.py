@@ -101,5 +101,6 @@ def main(path, parts=('table', 'grid')):
               f"{min(ratios, default=0):.2f}, median {statistics.median(ratios or [0]):.2f}", *out.data['slower'], sep='\n')
         out.write()
     print(f'{time.time() - START:.0f} s')
+    return out.failed()
 
-if __name__ == '__main__': main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else []))
+if __name__ == '__main__': sys.exit(main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else [])))

@@ -105,5 +105,6 @@ def main(path, parts=('head', 'resnet', 'lm')):
         if name in parts: out.run(name, together, make, say=lambda r: '  '.join(
             f"{k} {v['ms']:.2f} ms {v['peak_gb']:.2f} GiB" for k, v in r['by'].items()))
     print(f'{time.time() - START:.0f} s')
+    return out.failed()
 
-if __name__ == '__main__': main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else []))
+if __name__ == '__main__': sys.exit(main(sys.argv[1], *([sys.argv[2:]] if sys.argv[2:] else [])))

@@ -35,8 +35,9 @@ def take_turn(x, target):
         return
     k = x.shape[target.axis]
     table, rows = tile_for(k, x.stride(target.axis), x.itemsize), cut(x.numel() // k, programs)
-    block = table.block if blocks == 1 else cut(k, blocks)
-    tile = Tile(min(rows, (2**20 if launch.INTERPRETED else 4096) // block), block, 4)
+    most = 2**20 if launch.INTERPRETED else 4096   # logits of a tile
+    block = min(most, table.block if blocks == 1 else cut(k, blocks))
+    tile = Tile(min(rows, most // block), block, 4)
     softmax.tile_for = lambda *_: table if CUDA and blocks == 1 else tile
 
 def counted(owner, name, kind):
@@ -52,13 +53,13 @@ def counted(owner, name, kind):
     setattr(owner, name, f)
 
 class Moved(torch.autograd.Function):
-    "A tensor on another device with the strides it had; its gradient comes back likewise, and the gradient of that."
+    "A tensor on another device with the strides it had; its gradient comes back, and the gradient of that."
     @staticmethod
     def forward(ctx, x, device):
         ctx.device = x.device
         return strided(x, device)
     @staticmethod
-    def backward(ctx, g): return Moved.apply(g, ctx.device), None
+    def backward(ctx, g): return g.to(ctx.device), None   # an op that torch can do for many gradients at once
 
 def strided(x, device):
     size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
