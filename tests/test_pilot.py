@@ -287,10 +287,38 @@ def test_pilots_train_on_what_the_learner_trains_on(make):
         seen = torch.cat([b[0] for b in trial.dls[0]])
     assert len(seen) == 16 or (seen == seen[0]).all()
 
+class OnlyPickles(nn.Sequential):
+    def __deepcopy__(self, memo): raise RuntimeError('no copies')
+
+class Watches(Callback):
+    "Refers to a layer, optimizer and loss, and has a weight of its own that could be trained"
+    def before_fit(self):
+        self.layer, self.own = self.model[0], torch.ones(2, requires_grad=True)
+        self.others = [self.learn.opt, self.learn.loss_func]
+
+def test_a_model_that_only_pickles():
+    "Is trained as any other: optimizer and callbacks of the pilot refer to its copy"
+    def make():
+        learn = plain(cbs=[Notes(), Watches()])
+        learn.model = OnlyPickles(*learn.model)
+        learn.fit(1)
+        return learn
+    check_leaves_no_trace(make, in_pilot)
+    learn = reseeded(make)
+    with pilot(learn) as trial:
+        assert {id(p) for p in trial.opt.all_params(with_grad=False).itemgot(0)} == {id(p) for p in trial.model.parameters()}
+        assert trial.watches.others[0] is trial.opt and trial.watches.others[1] is trial.loss_func
+        assert trial.watches.layer is trial.model[0] and trial.watches.own.requires_grad and trial.watches.own is not learn.watches.own
+        before = weights(trial)
+        trial.fit(1)
+        assert not torch.equal(weights(trial), before)
+
 @pytest.mark.parametrize('cls', [list, tuple, L])
 def test_a_list_of_batches_is_shared_as_a_data_set_is(cls):
     learn = plain(partial(batches, cls=cls))
     with pilot(learn) as trial: assert trial.dls.train is learn.dls.train
+    learn = plain(partial(batches, cls=type('Own', (cls,), {})))   # which may have a state of its own
+    with pilot(learn) as trial: assert trial.dls.train is not learn.dls.train
 
 # ---------------------------------------------------------------- what it saves
 

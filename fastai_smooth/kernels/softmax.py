@@ -57,6 +57,7 @@ def dense_terms(target: SoftmaxTarget, like: Tensor, keep: Tensor | None = None)
     return Terms(t.sum(axis, keepdim=True), None, 1., t, lost)
 
 def terms_of(target: SoftmaxTarget, like: Tensor, keep: Tensor | None = None) -> Terms:
+    "The terms of any target."
     return (index_terms if target.is_index else dense_terms)(target, like, keep)
 
 def shared_sum(terms: Terms, x: Tensor, axis: int, scratch: Tensor | None = None) -> Tensor:
@@ -120,9 +121,10 @@ def chunk_losses(x: Tensor, target: SoftmaxTarget, grad: Tensor | None, factor) 
     """The losses of rows, with a class axis of size 1. `grad`, if given, gets the gradient of their sum times `factor`.
 
     `factor` is a number, or one a row, with a class axis of size 1."""
-    x, losses, terms, masked = x.to(accumulator(x)), None, None, None
+    x = x.to(accumulator(x))
     p = grad if grad is not None and grad.dtype == x.dtype else torch.empty_like(x)
-    if on_cpu(x):
+    losses = terms = masked = None
+    if on_cpu(x):  # as if no class were masked, and a look at the losses tells; elsewhere the look would have to wait for them
         terms = terms_of(target, x)
         if target.is_index and grad is not None: losses = quick_losses(x, target, terms, p)
     if losses is None:
@@ -150,8 +152,8 @@ def to_grad_(p: Tensor, target: SoftmaxTarget, terms: Terms, masked: Tensor | No
         y, own = target.target.unsqueeze(target.axis), terms.own * -factor
         p.scatter_add_(target.axis, y, (own if isinstance(own, Tensor) else p.new_full((), own)).expand(y.shape))
     if masked is not None: p.masked_fill_(masked, 0)
-    elif target.ignored is not None:
-        p.mul_(~target.ignored.unsqueeze(target.axis))  # all is finite here, and a product takes less time than to fill
+    # all is finite here, and a product takes less time than to fill
+    elif target.ignored is not None: p.mul_(~target.ignored.unsqueeze(target.axis))
 
 def loss_and_grad(x: Tensor, target: SoftmaxTarget, reduction: str, scale, grad: Tensor | None = None, factor=1.) -> Tensor:
     """The loss, where `scale` is 1 over what a mean is over, else 1; made in half a dozen passes over each chunk.
@@ -196,11 +198,10 @@ def plain_loss(x: Tensor, target: SoftmaxTarget, reduction: str) -> Tensor:
     if ignored is not None: x = x.masked_fill(ignored.unsqueeze(target.axis), 0)  # whatever is there, it gets no gradient
     z = x - x.detach().amax(target.axis, keepdim=True)
     masked = z == -math.inf
-    total, _, _, t, lost = dense_terms(target, z, ~masked)
-    lse = z.exp().sum(target.axis, keepdim=True).log()
-    losses = total * lse - (t * z.masked_fill(masked, 0)).sum(target.axis, keepdim=True)
+    terms, lse = dense_terms(target, z, ~masked), z.exp().sum(target.axis, keepdim=True).log()
+    losses = terms.total * lse - (terms.u * z.masked_fill(masked, 0)).sum(target.axis, keepdim=True)
     # inf is added, not filled in: the gradient of the other classes goes through the sum
-    losses = (losses + torch.zeros_like(losses).masked_fill(lost, math.inf)).squeeze(target.axis)
+    losses = (losses + torch.zeros_like(losses).masked_fill(terms.lost, math.inf)).squeeze(target.axis)
     if ignored is not None: losses = losses.masked_fill(ignored, 0)
     return losses if reduction == 'none' else losses.sum() if reduction == 'sum' else losses.sum() / target.denominator(x)
 

@@ -73,19 +73,26 @@ class Smoothing(NamedTuple):
         """What each row has of its target and of u, for class indices, or else labels `y`; `like` has the shape of the logits.
 
         `keep` is False at classes that are masked by a logit of -inf: they get no share, the others all of it."""
-        eps, u, left, positives, present, others = self.eps, None, like.shape[axis], 1, 1, self.spread == 'others'
+        eps, others = self.eps, self.spread == 'others'
         if isinstance(eps, Tensor): eps = of_class(eps, index).unsqueeze(axis)
         elif keep is not None or self.multi_hot: eps = like.new_ones(()) * eps  # makes bools that dtype; `torch.full` would compile eps in
-        if self.prior is not None:
-            u = of_class(self.prior, index).movedim(-1, axis) if self.prior.dim() == 2 else along(self.prior, axis, like.dim())
-        if self.multi_hot: positives = present = y.sum(axis, keepdim=True)
-        if keep is not None: left = keep.sum(axis, keepdim=True, dtype=like.dtype)
-        if keep is not None and others: present = self.present(axis, index, y, keep).to(like.dtype)
-        mass = None if u is None else 1 if keep is None else (u * keep).sum(axis, keepdim=True)
-        own, each, own_masked, uniform = coefficients(eps, left, positives, present, mass, others)
-        if keep is not None and others and self.multi_hot: own = torch.where(keep, own, own_masked)
-        if keep is None or u is None: return Shares(own, each, u, left if u is None else u.sum(axis, keepdim=True))
-        return Shares(own, each, torch.where(uniform, 1., u), mass + left * uniform)
+        left = like.shape[axis] if keep is None else keep.sum(axis, keepdim=True, dtype=like.dtype)
+        positives = present = y.sum(axis, keepdim=True) if self.multi_hot else 1
+        if keep is not None and others: present = self.present(axis, index, y, keep).to(like.dtype)  # which 'all' does not ask for
+        u, mass = self.prior_of(index, axis, like.dim()), None
+        if u is not None: mass = 1 if keep is None else (u * keep).sum(axis, keepdim=True)
+        c = coefficients(eps, left, positives, present, mass, others)
+        own = c.own
+        if keep is not None and others and self.multi_hot: own = torch.where(keep, c.own, c.own_masked)  # some positives may be masked
+        if u is None: return Shares(own, c.each, None, left)
+        if keep is None: return Shares(own, c.each, u, u.sum(axis, keepdim=True))
+        # where all of the prior is on masked classes, the others share alike
+        return Shares(own, c.each, torch.where(c.uniform, 1., u), mass + left * c.uniform)
+
+    def prior_of(self, index: Tensor | None, axis: int, ndim: int) -> Tensor | None:
+        "The prior of each row, along the axis of the classes."
+        if self.prior is None: return None
+        return of_class(self.prior, index).movedim(-1, axis) if self.prior.dim() == 2 else along(self.prior, axis, ndim)
 
     def present(self, axis: int, index: Tensor | None, y: Tensor | None, keep: Tensor) -> Tensor:
         "How many positives are not masked; of class indices and soft labels, whether all of the label is."
@@ -94,8 +101,8 @@ class Smoothing(NamedTuple):
 
     def dense(self, y: Tensor, axis: int, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         "q for targets `y` (floating, classes along `axis`); `index` are the class indices that `y` came from, `keep` as in `shares`."
-        own, each, u, _ = self.shares(y, axis, index, y, keep)
-        share = each if u is None else each * u
+        s = self.shares(y, axis, index, y, keep)
+        own, share = s.own, s.each if s.u is None else s.each * s.u
         if keep is not None: share = share * keep
         if torch.compiler.is_compiling(): return own * y + share  # `alpha` would be a constant of what is compiled
         share = share if isinstance(share, Tensor) else torch.full((), share, dtype=y.dtype, device=y.device)
